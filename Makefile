@@ -9,9 +9,12 @@
 # Variables:
 #   DATA    builtin, a folder in the task's official layout, or a row file (.jsonl, .jsonl.gz)
 #   RUN     the run folder                        MODEL  a preset or a folder in Hugging Face layout
-#   SEED    of every random choice                LOSS   the preference loss of the DPO stage
+#   SEED    of every random choice                LOSS   the preference loss: ipo, sigmoid+0.1*sft, ...
+#   FROM    a finished run whose stages this one shares until a flag differs
+#   POLICIES  what to train and compare, by folder (schedules.mk); the first one is the baseline
 #   QUICK=1 a smoke test: seconds a stage, and numbers that mean nothing
-# More flags for one stage: SFT_FLAGS="--epochs 1", RM_FLAGS, SPLIT_FLAGS, DPO_FLAGS, PPO_FLAGS, ...
+# More flags for one stage: SFT_FLAGS="--epochs 1", RM_FLAGS, SPLIT_FLAGS, DPO_FLAGS, PPO_FLAGS, ...,
+# or for one folder: dpo-all_FLAGS="--beta 0.1"
 
 TASK  ?= hh
 RUN   ?= runs/$(TASK)
@@ -19,6 +22,8 @@ DATA  ?= $(if $(and $(filter hh,$(TASK)),$(wildcard data/hh-rlhf/*/train.jsonl.g
 MODEL ?= tiny
 SEED  ?= 1
 LOSS  ?= sigmoid
+FROM  ?=
+POLICIES ?= sft dpo mpo
 STAGE ?= mpo
 QUICK ?=
 
@@ -34,12 +39,15 @@ hh tldr:
 	@$(MAKE) --no-print-directory TASK=$@ pipeline
 
 pipeline: .venv/.runtime
+	@$(if $(FROM),$(share))
 	@echo "$(TASK): data = $(if $(filter builtin,$(DATA)),the built-in world,$(DATA)), model = $(MODEL), run folder = $(RUN)$(if $(QUICK), (QUICK: the numbers mean nothing))"
 	@$(MAKE) --no-print-directory TASK=$(TASK) $(RUN)/eval/$(DONE)
 	@$(PY) -m mpo.reporting $(RUN)
 
 # --- flags of each stage ----------------------------------------------------------------------
 
+empty :=
+comma := ,
 builtin := $(filter builtin,$(DATA))
 limits  := $(if $(builtin),,$(if $(filter tldr,$(TASK)),--max_prompt 640))
 rows    := $(if $(builtin),--train $(if $(filter hh,$(TASK)),28000,24000) --test 1600,--train 0 --test 0)
@@ -49,14 +57,19 @@ tokenizer_args = --model $(MODEL) --vocab $(if $(builtin),1536,4096) $(TOKENIZER
 sft_args       = --model $(MODEL) $(if $(builtin),$(if $(filter tldr,$(TASK)),--epochs 2)) $(limits) $(if $(QUICK),--epochs 1) $(SFT_FLAGS)
 rm_args        = $(if $(builtin),$(if $(filter tldr,$(TASK)),--epochs 3)) $(limits) $(if $(QUICK),--epochs 1) $(RM_FLAGS)
 split_args     = $(limits)                                       $(SPLIT_FLAGS)
-dpo_args       = --loss $(LOSS) $(limits)                        $(DPO_FLAGS)
-mpo_args       = $(limits) $(if $(QUICK),--iterations 2 --batch 16 --minibatch 8 --microbatch 8 --max_new 24) $(PPO_FLAGS)
-eval_args      = $(limits)                                       $(if $(QUICK),--prompts 16 --max_new 24) $(EVAL_FLAGS)
+any_dpo_args   = --loss $(LOSS) $(limits)                        $(DPO_FLAGS)
+any_ppo_args   = $(limits) $(if $(QUICK),--iterations 2 --batch 16 --minibatch 8 --microbatch 8 --max_new 24) $(PPO_FLAGS)
+eval_args      = --policies $(subst $(empty) $(empty),$(comma),$(foreach p,$(POLICIES),$(p)=$(RUN)/$(p))) $(limits)                                       $(if $(QUICK),--prompts 16 --max_new 24) $(EVAL_FLAGS)
 
 # A stage's flags are an input like any other: the file changes only when they do.
 $(RUN)/.flags/%: FORCE
 	@mkdir -p $(@D)
-	@echo '--seed $(SEED) $($*_args)' | cmp -s - $@ || echo '--seed $(SEED) $($*_args)' > $@
+	@echo '--seed $(SEED) $(strip $($*_args))' | cmp -s - $@ || echo '--seed $(SEED) $(strip $($*_args))' > $@
+
+# FROM: link the finished stages of another run, flags and all; one that is redone gets its own folder.
+share = mkdir -p $(RUN)/.flags; for done in $(FROM)/*/$(DONE); do \
+	    stage=$$(basename $$(dirname $$done)); [ -e $(RUN)/$$stage ] || [ $$stage = eval ] || { \
+	    ln -s $$(realpath $(FROM)/$$stage) $(RUN)/$$stage; cp -p $(FROM)/.flags/$$stage $(RUN)/.flags/; }; done
 
 stage = $(PY) $(1) --out $(@D) --overwrite true --seed $(SEED)
 
@@ -80,19 +93,15 @@ $(RUN)/rm/$(DONE): $(RUN)/.flags/rm $(RUN)/data/$(DONE) $(RUN)/sft/$(DONE)
 $(RUN)/split/$(DONE): $(RUN)/.flags/split $(RUN)/data/$(DONE) $(RUN)/rm/$(DONE)
 	@$(call stage,split_data.py) --data $(RUN)/data --rm $(RUN)/rm $(split_args)
 
-$(RUN)/dpo/$(DONE): $(RUN)/.flags/dpo $(RUN)/split/$(DONE) $(RUN)/sft/$(DONE)
-	@$(call stage,train_dpo.py) --data $(RUN)/split/easy.jsonl --model $(RUN)/sft $(dpo_args)
+include schedules.mk
 
-$(RUN)/mpo/$(DONE): $(RUN)/.flags/mpo $(RUN)/split/$(DONE) $(RUN)/dpo/$(DONE) $(RUN)/rm/$(DONE)
-	@$(call stage,train_ppo.py) --prompts $(RUN)/split/prompts.jsonl \
-	    --model $(RUN)/dpo --ref $(RUN)/dpo --rm $(RUN)/rm $(mpo_args)
+$(RUN)/eval/$(DONE): $(RUN)/.flags/eval $(foreach s,data rm split $(POLICIES),$(RUN)/$(s)/$(DONE))
+	@$(call stage,eval.py) --data $(RUN)/data --rm $(RUN)/rm --split $(RUN)/split $(eval_args)
 
-policies := $(foreach p,sft dpo mpo,$(p)=$(RUN)/$(p))
-empty :=
-comma := ,
-$(RUN)/eval/$(DONE): $(RUN)/.flags/eval $(foreach s,data rm split sft dpo mpo,$(RUN)/$(s)/$(DONE))
-	@$(call stage,eval.py) --data $(RUN)/data --rm $(RUN)/rm --split $(RUN)/split \
-	    --policies $(subst $(empty) $(empty),$(comma),$(policies)) $(eval_args)
+# One policy without an evaluation: make policy-reversed
+policy-%: .venv/.runtime
+	@$(if $(FROM),$(share))
+	@$(MAKE) --no-print-directory $(RUN)/$*/$(DONE)
 
 # --- around the pipeline ------------------------------------------------------------------------
 
@@ -128,7 +137,7 @@ test: .venv/.dev
 lint: .venv/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m mypy mpo kernels *.py
+	$(PY) -m mypy mpo kernels experiments *.py
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build ./*.egg-info

@@ -11,7 +11,7 @@ from mpo.config import DataConfig, run
 from mpo.data import hh, tldr
 from mpo.data.rows import Row, read_rows, write_rows
 from mpo.errors import InputError
-from mpo.world.build import build, probe_sheet
+from mpo.world.build import build, flip_labels, probe_sheet
 
 
 def read(config: DataConfig, dropped: Counter[str]) -> dict[str, list[Row]]:
@@ -37,10 +37,13 @@ def without_overlap(splits: dict[str, list[Row]], dropped: Counter[str]) -> dict
 def main(config: DataConfig) -> None:
     """Read or build, check that the splits do not overlap, write."""
     builtin = config.data == "builtin"
+    if not 0 <= config.noise < 1 or (config.noise and not builtin):
+        raise InputError(f"--noise {config.noise}: a share below 1, of the built-in world's labels")
     stage = Stage(config, {} if builtin else {"data": config.data}, config.out, config.overwrite)
     dropped: Counter[str] = Counter()
     if builtin:
         splits = build(config.task, config.seed, config.train, config.test)
+        splits["train"] = flip_labels(config.task, config.seed, splits["train"], config.noise)
         sheet = "".join(json.dumps(item) + "\n" for item in probe_sheet(config.task, config.seed))
         write_text(stage.out / "probe.jsonl", sheet)
     else:

@@ -3,56 +3,89 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from mpo import evaluation
 from mpo.artifacts import Stage, hash_tree, write_text
 from mpo.checkpoint import load_scalar
 from mpo.config import SplitConfig, run
-from mpo.data.batches import encode
+from mpo.data.batches import Pair, encode
 from mpo.data.rows import read_rows, write_rows
+from mpo.errors import InputError
+from mpo.model import ScalarModel
 from mpo.scoring import score_all
-from mpo.split import control, split_by_gap, threshold
+from mpo.split import Split, assign, control, gap_over_uncertainty, split_by_gap, threshold
 from mpo.tokenizer import load_tokenizer
 from mpo.training import setup_torch
+
+CONTROLS = ("random", "inverted")  # splits with parts of the same sizes, to compare with
+
+
+def score_lines(pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor, split: Split) -> Iterator[str]:
+    """What the reward models (rows of chosen and rejected, (K, N)) said of each pair: one JSON object a line."""
+    part_of = {i: name for name, index in split.parts.items() for i in index}
+    gaps = (chosen - rejected).T.tolist()
+    for i, pair in enumerate(pairs):
+        item = {
+            "id": pair.row.id,
+            "chosen": round(float(chosen[:, i].mean()), 5),
+            "rejected": round(float(rejected[:, i].mean()), 5),
+            "part": part_of[i],
+        }
+        if len(chosen) > 1:
+            item["gaps"] = [round(gap, 5) for gap in gaps[i]]
+        yield json.dumps(item) + "\n"
+
+
+def ensemble(folders: Sequence[str]) -> list[ScalarModel]:
+    """The reward models of these folders; each scores on its own normalised scale."""
+    models = [load_scalar(folder) for folder in folders]
+    if any(m.config.vocab_size != models[0].config.vocab_size for m in models):
+        raise InputError(f"--rm {','.join(folders)}: the models have different vocabularies")
+    return models
 
 
 def main(config: SplitConfig) -> None:
     """Load, score, split, write."""
     setup_torch(config)
-    stage = Stage(config, {"data": config.data, "rm": config.rm}, config.out, config.overwrite)
-    tokenizer, rm = load_tokenizer(config.rm), load_scalar(config.rm)
+    folders = config.rm.split(",")
+    inputs = {"data": config.data} | {"rm" if i == 0 else f"rm-{i + 1}": f for i, f in enumerate(folders)}
+    stage = Stage(config, inputs, config.out, config.overwrite)
+    tokenizer, models = load_tokenizer(folders[0]), ensemble(folders)
     rows = read_rows(Path(config.data) / "train.jsonl")
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
-    chosen, rejected = score_all(rm, pairs, config.batch, tokenizer.pad)
-    gaps = chosen - rejected
+    scores = [score_all(rm, pairs, config.batch, tokenizer.pad) for rm in models]
+    chosen, rejected = (torch.stack(s) for s in zip(*scores, strict=True))  # (K, N) each
+    gaps = (chosen - rejected).mean(0)
+    log_odds = ((chosen - rejected) * torch.stack([rm.score_std for rm in models])[:, None]).mean(0)
 
-    split = split_by_gap(gaps, threshold(gaps, config.gamma))
-    if config.control != "none":
-        split = control(split, gaps, config.control, config.seed)
-    parts = {"easy": split.easy, "hard": split.hard, "contradicted": split.contradicted}
-    for name, index in parts.items():
+    criterion = gaps if config.by == "gap" else gap_over_uncertainty(chosen - rejected)
+    split = split_by_gap(criterion, threshold(criterion, config.gamma))
+    uses = {"easy": config.easy, "hard": config.hard, "contradicted": config.contradicted}
+    splits = {".": split} | {kind: control(split, criterion, kind, config.seed) for kind in CONTROLS}
+    sizes = {name: len(index) for name, index in split.parts.items()}
+    for kind, version in splits.items():
+        for_dpo, for_ppo = assign(version, [p.row for p in pairs], log_odds, uses)
+        write_rows(stage.out / kind / "pairs.jsonl", for_dpo)
+        write_rows(stage.out / kind / "prompts.jsonl", for_ppo)
+        if kind == ".":
+            sizes |= {"pairs": len(for_dpo), "prompts": len(for_ppo)}
+    for name, index in split.parts.items():
         write_rows(stage.out / f"{name}.jsonl", (pairs[i].row for i in index))
-    for_ppo = split.hard + (split.contradicted if config.contradicted == "hard" else [])
-    write_rows(stage.out / "prompts.jsonl", (pairs[i].row for i in sorted(for_ppo)))
-
-    part_of = {i: name for name, index in parts.items() for i in index}
-    scored = (
-        {"id": p.row.id, "chosen": round(float(c), 5), "rejected": round(float(r), 5), "part": part_of[i]}
-        for i, (p, c, r) in enumerate(zip(pairs, chosen, rejected, strict=True))
-    )
-    write_text(stage.out / "scores.jsonl", "".join(json.dumps(item) + "\n" for item in scored))
-    sizes = {name: len(index) for name, index in parts.items()}
+    write_text(stage.out / "scores.jsonl", "".join(score_lines(pairs, chosen, rejected, split)))
     share = float(((gaps >= 0) & (gaps <= 1)).float().mean())
     print(f"split: gamma {split.gamma:.3f}: {sizes}; {100 * share:.0f} % of pairs have a gap in [0, 1]; rows {counts}")
     stage.finish(
         gamma=split.gamma,
         sizes=sizes,
-        ppo_prompts=len(for_ppo),
         share_gap_in_0_1=share,
         share_abs_gap_below_1=float((gaps.abs() < 1).float().mean()),
         histogram=evaluation.histogram(gaps),
-        rm_sha256=hash_tree(Path(config.rm)),
+        rm_sha256={f: hash_tree(Path(f)) for f in folders} if len(folders) > 1 else hash_tree(Path(folders[0])),
         rows=counts,
     )
 

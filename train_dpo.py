@@ -14,13 +14,15 @@ from mpo.data.batches import Pair, encode, pair_batch
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
 from mpo.logprobs import sequence_logps
-from mpo.losses import PREFERENCE_LOSSES, PairLogps, pair_metrics
+from mpo.losses import PairLogps, pair_metrics
 from mpo.model import Llama
+from mpo.objective import parse_objective
 from mpo.progress import progress
 from mpo.tokenizer import load_tokenizer
 from mpo.training import batches_of, setup_torch, train
 
 RefLogps = dict[str, tuple[float, float]]
+TIE = 1e-3  # nats by which the log-probs of one model, computed twice, may differ
 
 
 @torch.no_grad()
@@ -36,46 +38,81 @@ def reference_logps(ref: Llama, pairs: list[Pair], batch: int, pad: int) -> RefL
     return cache
 
 
-def pair_logps(model: Llama, pairs: list[Pair], cache: RefLogps, pad: int) -> PairLogps:
-    """The four log-probs of each pair: chosen and rejected in one forward, the reference's cached."""
+def pair_logps(model: Llama, pairs: list[Pair], cache: RefLogps, pad: int, mean_log_ratio: float = 0.0) -> PairLogps:
+    """Everything a loss may ask for: chosen and rejected in one forward, the reference's cached."""
     chosen, rejected = sequence_logps(model, pair_batch(pairs, pad)).chunk(2)
-    ref = torch.tensor([cache[p.row.id] for p in pairs])
-    return PairLogps(chosen, rejected, ref[:, 0], ref[:, 1])
+    ref = torch.tensor([cache.get(p.row.id, (0.0, 0.0)) for p in pairs])
+    return PairLogps(
+        chosen=chosen,
+        rejected=rejected,
+        ref_chosen=ref[:, 0],
+        ref_rejected=ref[:, 1],
+        chosen_len=torch.tensor([len(p.chosen) for p in pairs]),
+        rejected_len=torch.tensor([len(p.rejected) for p in pairs]),
+        noise=torch.tensor([math.nan if p.row.noise is None else p.row.noise for p in pairs]),
+        mean_log_ratio=mean_log_ratio,
+    )
+
+
+class RunningMean:
+    """Mean over all whole batches so far, so that it does not depend on the microbatch (for bco_pair)."""
+
+    def __init__(self, batch: int):
+        self.batch, self.value, self.count, self.waiting = batch, 0.0, 0, list[float]()
+
+    def add(self, values: Tensor) -> None:
+        """Add a microbatch; it counts once its batch is complete."""
+        self.waiting += values.tolist()
+        if len(self.waiting) == self.batch:
+            self.count += self.batch
+            self.value += (sum(self.waiting) - self.batch * self.value) / self.count
+            self.waiting.clear()
+
+
+def self_check(first: PairLogps) -> None:
+    """Before the first step a model that is its own reference has log-ratios 0 (and DPO's loss is ln 2)."""
+    worst = float(torch.maximum(first.s_w.abs(), first.s_l.abs()).max())
+    if not worst <= TIE:
+        raise InputError(f"self-check: log-ratios of the model to itself reach {worst:.2g} before training, not 0")
 
 
 def main(config: DPOConfig) -> None:
     """Load, cache the reference, train, save."""
     setup_torch(config)
-    if config.loss not in PREFERENCE_LOSSES:
-        raise InputError(f"--loss {config.loss}: expected one of {', '.join(PREFERENCE_LOSSES)}")
-    preference_loss = PREFERENCE_LOSSES[config.loss]
+    objective = parse_objective(config.loss, config.beta)
+    if objective.whole_batch and config.microbatch != config.batch:
+        raise InputError(f"--loss {config.loss}: compares the pairs of a batch; set --microbatch to --batch")
+    if objective.reference_free and config.ref:
+        raise InputError(f"--loss {config.loss}: needs no reference; leave out --ref {config.ref}")
     inputs = {"data": config.data, "model": config.model} | ({"ref": config.ref} if config.ref else {})
     stage = Stage(config, inputs, config.out, config.overwrite)
     tokenizer, model = load_tokenizer(config.model), load_model(config.model)
-    ref = load_model(config.ref or config.model)
     pairs, counts = encode(read_rows(config.data), tokenizer, config.max_prompt, config.max_response)
     if len({p.row.id for p in pairs}) < len(pairs):
         raise InputError(f"{config.data}: two rows share an id; ids must be unique")
-    print(f"dpo: rows {counts}")
-    cache = reference_logps(ref, pairs, config.batch, tokenizer.pad)
-    del ref
+    print(f"{stage.out.name}: rows {counts}")
+    cache: RefLogps = {}
+    if not objective.reference_free:
+        cache = reference_logps(load_model(config.ref or config.model), pairs, config.batch, tokenizer.pad)
 
-    with torch.no_grad():  # the same weights twice: every reward is 0 and DPO's loss is ln 2
+    with torch.no_grad():
         first = pair_logps(model, pairs[: config.microbatch], cache, tokenizer.pad)
-    start = float(preference_loss(first, config.beta).mean())
-    if not config.ref and config.loss == "sigmoid" and abs(start - math.log(2)) > 1e-3:
-        raise InputError(f"self-check: the loss before training is {start:.5f}, not ln 2 = {math.log(2):.5f}")
+    if not config.ref and cache:
+        self_check(first)
+    log_ratios = RunningMean(config.batch)
 
     def loss_sums(part: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
-        logps = pair_logps(model, part, cache, tokenizer.pad)
+        logps = pair_logps(model, part, cache, tokenizer.pad, log_ratios.value)
+        log_ratios.add((logps.s_w + logps.s_l).detach() / 2)
         metrics = pair_metrics(logps, config.beta)
-        return preference_loss(logps, config.beta).sum(), {k: v.sum() for k, v in metrics.items()}
+        return objective.losses(logps).sum(), {k: v.sum() for k, v in metrics.items()}
 
-    batches = batches_of(pairs, config.batch, config.epochs, config.seed)
-    last = train(model, batches, loss_sums, lambda pair: 1.0, config, stage)
-    print(f"dpo: {len(batches)} steps, loss {last['loss']:.3f}, reward margin {last['reward_margin']:.3f}")
+    batches = batches_of(pairs, config.batch, config.epochs, config.seed, config.steps)
+    last = train(model, batches, loss_sums, lambda pair: 1.0, config, stage, config.keep)
+    print(f"{stage.out.name}: {len(batches)} steps, loss {last['loss']:.3f}, margin {last['reward_margin']:.3f}")
     save_model(stage.out, model)
     tokenizer.save(stage.out)
+    start = float(objective.losses(first).mean())
     stage.finish(steps=len(batches), first_loss=start, last=last, rows=counts)
 
 

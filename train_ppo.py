@@ -26,7 +26,7 @@ from mpo.randomness import generator
 from mpo.rollout import Rollout, check_agreement, roll_out, state_values
 from mpo.sampling import Sampling
 from mpo.tokenizer import load_tokenizer
-from mpo.training import adamw, learning_rate, optimiser_step, setup_torch
+from mpo.training import adamw, learning_rate, milestones, optimiser_step, setup_torch
 
 
 def prompt_batches(prompts: list[list[int]], config: PPOConfig) -> Iterator[list[list[int]]]:
@@ -148,11 +148,13 @@ def main(config: PPOConfig) -> None:
     rm, critic = load_scalar(config.rm), load_scalar(config.rm)
     optimisers = adamw(policy, config.lr, 0.0, eps=1e-5), adamw(critic, config.critic_lr, 0.0, eps=1e-5)
     learner = Learner(policy, critic, *optimisers)
-    pairs, counts = encode(read_rows(config.prompts), tokenizer, config.max_prompt, config.max_response)
-    print(f"ppo: prompts {counts}")
+    pairs, counts = encode(
+        read_rows(config.prompts)[: config.limit or None], tokenizer, config.max_prompt, config.max_response
+    )
+    print(f"{stage.out.name}: prompts {counts}")
     batches = prompt_batches([p.prompt for p in pairs], config)
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos, tokenizer.pad)
-    kl_coef = config.kl_coef
+    kl_coef, kept = config.kl_coef, milestones(config.iterations, config.keep)
 
     bar = progress(range(config.iterations), stage.out.name)
     for iteration in bar:
@@ -172,10 +174,13 @@ def main(config: PPOConfig) -> None:
         # 5. the price of KL for the next rollout
         kl_coef = ppo.next_kl_coef(kl_coef, metrics["kl_k1"], config.kl_target, config.kl_horizon, config.batch)
         stage.log(iteration, metrics)
+        if iteration + 1 in kept:
+            save_model(stage.out / kept[iteration + 1], policy)
         shown = ("score", "kl_exact", "length", "eos_rate", "entropy")
         bar.set_postfix({name: f"{metrics[name]:.2f}" for name in shown}, refresh=False)
 
-    print(f"ppo: score {metrics['score']:.3f}, exact KL to the reference {metrics['kl_exact']:.2f} nats a response")
+    reached = f"score {metrics['score']:.3f}, exact KL to the reference {metrics['kl_exact']:.2f} nats a response"
+    print(f"{stage.out.name}: {reached}")
     save_model(stage.out, policy)
     tokenizer.save(stage.out)
     stage.finish(iterations=config.iterations, last=metrics, prompts=counts)

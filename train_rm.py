@@ -15,7 +15,7 @@ from mpo.config import RMConfig, run
 from mpo.data.batches import Pair, encode
 from mpo.data.rows import Row, read_jsonl, read_rows
 from mpo.errors import InputError
-from mpo.losses import bradley_terry
+from mpo.losses import bradley_terry, centring
 from mpo.model import ScalarModel, scalar_from
 from mpo.randomness import generator
 from mpo.reporting import interval
@@ -95,8 +95,11 @@ def main(config: RMConfig) -> None:
 
     def loss_sums(pairs: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = score_pairs(rm, pairs, tokenizer.pad)
-        margin = torch.tensor([p.row.margin for p in pairs]) if config.use_margin else None
-        return bradley_terry(chosen, rejected, margin).sum(), {"accuracy": (chosen > rejected).float().sum()}
+        margin = torch.tensor([p.row.margin for p in pairs]) if config.use_margin else 0.0
+        losses = bradley_terry(chosen, rejected, margin, config.label_smoothing)
+        if config.centring:
+            losses = losses + config.centring * centring(chosen, rejected)
+        return losses.sum(), {"accuracy": (chosen > rejected).float().sum()}
 
     batches = batches_of(splits["train"], config.batch, config.epochs, config.seed)
     last = train(rm, batches, loss_sums, lambda pair: 1.0, config, stage)

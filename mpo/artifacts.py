@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -93,9 +94,13 @@ class Stage:
                 raise InputError(f"--{name} {path}: no such file or folder; has the stage that writes it run?")
         if self.manifest.exists() and not overwrite:
             raise InputError(f"--out {out}: holds a finished stage; name another folder or pass --overwrite true")
+        if self.out.is_symlink():
+            self.out.unlink()  # shared with another run (make FROM=...): never written through
         self.out.mkdir(parents=True, exist_ok=True)
         self.manifest.unlink(missing_ok=True)  # from here on the folder is unfinished
         (self.out / "metrics.jsonl").unlink(missing_ok=True)
+        for kept in self.out.glob("step-*"):  # models kept on the way by an earlier run
+            shutil.rmtree(kept)
         self.config, self.inputs, self.started = config, dict(inputs), time.time()
         self.input_hashes = {name: hash_tree(Path(path)) for name, path in inputs.items()}
         write_json(self.out / "stage.json", asdict(config))  # config.json is the model's own

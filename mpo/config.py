@@ -31,7 +31,7 @@ class Common:
     out: str  # folder this stage writes
     seed: int = 1  # every random choice is keyed by (seed, purpose, step)
     overwrite: bool = False  # replace a finished stage in --out
-    threads: int = 0  # CPU threads; 0: all cores
+    threads: int = 0  # CPU threads; 0: OMP_NUM_THREADS where that is set, else all cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,7 @@ class DataConfig(Common):
     data: str = "builtin"  # builtin, a folder in the official layout, or a row file (.jsonl, .gz)
     train: int = 28000  # builtin: training pairs; else: at most this many, 0 for all
     test: int = 1600  # builtin: test pairs; else: at most this many, 0 for all
+    noise: float = 0.0  # builtin: share of the training labels that are flipped, beyond the annotators' errors
     held_out: float = 0.1  # share of a lone row file that becomes the test split
 
 
@@ -95,20 +96,32 @@ class RMConfig(Training):
     data: str  # folder of the data stage
     model: str  # folder of the SFT model
     use_margin: bool = False  # ask for r(chosen) - r(rejected) >= the row's margin (Llama 2)
+    label_smoothing: float = 0.0  # share of the labels taken to be wrong
+    centring: float = 0.0  # weight of (r_w + r_l)^2, which keeps raw rewards around 0
     lr: float = 3e-4  # peak learning rate of AdamW
     weight_decay: float = 0.1  # AdamW's, on matrices only
     epochs: float = 2.0  # passes over the training pairs
 
 
+Use = Literal["dpo", "flip", "smooth", "ppo", "drop"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig(Limits):
-    """Score every training pair and split by reward gap: easy, hard, contradicted."""
+    """Score every training pair and split by reward gap: easy, hard, contradicted.
+
+    What a part is used for: dpo trains on its pairs; flip does so with the labels turned round;
+    smooth with the reward model's doubt of each label, for --loss cdpo, robust or exo_pair; ppo
+    takes its prompts; drop leaves it out.
+    """
 
     data: str  # folder of the data stage
-    rm: str  # folder of the reward model
+    rm: str  # folder of the reward model, or folder,folder,... of an ensemble: mean scores
+    by: Literal["gap", "uncertainty"] = "gap"  # uncertainty: the ensemble's mean gap over its standard error
     gamma: str = "q0.5"  # the threshold: a number, or qX: the X quantile of |gap|
-    control: Literal["none", "random", "inverted"] = "none"  # same sizes, but easy at random / least easy
-    contradicted: Literal["hard", "drop"] = "hard"  # where the prompts with gap <= -gamma go
+    easy: Use = "dpo"  # what pairs with gap >= gamma are used for
+    hard: Use = "ppo"  # what pairs with |gap| < gamma are used for
+    contradicted: Use = "ppo"  # what pairs with gap <= -gamma are used for
     batch: int = 64  # pairs scored at once
 
 
@@ -119,10 +132,12 @@ class DPOConfig(Training):
     data: str  # a row file, such as easy.jsonl of the split
     model: str  # folder of the model to train
     ref: str = ""  # folder of the reference model; the model itself where empty
-    loss: str = "sigmoid"  # a name in mpo.losses.PREFERENCE_LOSSES
+    loss: str = "sigmoid"  # a loss, or a sum such as sigmoid+0.1*sft, or with constants: simpo:gamma=0.5
     beta: float = 0.5  # strength of the pull towards the reference
     lr: float = 5e-5  # peak learning rate of AdamW
     epochs: float = 1.0  # passes over the pairs
+    steps: int = 0  # optimiser steps instead of epochs; 0: as many as the epochs make
+    keep: int = 0  # also keep this many models on the way, equally far apart, in step-N folders
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +148,9 @@ class PPOConfig(Training):
     model: str  # folder of the model to train
     ref: str  # folder of the KL reference: the DPO model for MPO, the SFT model for vanilla PPO
     rm: str  # folder of the reward model; its weights also start the critic
+    limit: int = 0  # only the first so many prompts; 0: all
     iterations: int = 50  # rollouts, each followed by `epochs` passes over it
+    keep: int = 0  # also keep this many models on the way, equally far apart, in step-N folders
     batch: int = 128  # prompts of one rollout
     minibatch: int = 64  # rows of one optimiser step; must divide batch
     microbatch: int = 64  # rows that fit in memory at once; must divide minibatch

@@ -1,7 +1,8 @@
-"""Losses as pure functions: tensors in, one unreduced loss per pair out.
+"""Losses on pairs as pure functions: tensors in, one unreduced loss per pair out.
 
-Notation: s_w, s_l = log(pi/pi_ref) of the chosen and the rejected
-response, summed over tokens; D = s_w - s_l.
+Notation: s_w, s_l = log(pi/pi_ref) of the chosen and the rejected response, summed over tokens;
+D = s_w - s_l; |w|, |l| their lengths in tokens; e the probability that the label is wrong.
+A new loss is a function here and a line in PREFERENCE_LOSSES (docs/losses.md).
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ class PairLogps:
 
     chosen: Tensor
     rejected: Tensor
-    ref_chosen: Tensor
+    ref_chosen: Tensor  # zeros where no reference is loaded
     ref_rejected: Tensor
+    chosen_len: Tensor  # tokens, EOS included
+    rejected_len: Tensor
+    noise: Tensor | None = None  # e of each pair, NaN where its row gives none
+    mean_log_ratio: float = 0.0  # running mean of (s_w + s_l)/2 over the batches before this one
 
     @property
     def s_w(self) -> Tensor:
@@ -33,23 +38,223 @@ class PairLogps:
         """log(pi/pi_ref) of the rejected response."""
         return self.rejected - self.ref_rejected
 
+    @property
+    def D(self) -> Tensor:  # the papers' letter
+        """The difference of the two log-ratios."""
+        return self.s_w - self.s_l
 
-def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
-    """Reward-model loss per pair: -log sig(r_w - r_l - margin).
+    def label_noise(self, e: float) -> Tensor | float:
+        """The probability that each label is wrong: the row's own where it gives one, else e."""
+        return e if self.noise is None else self.noise.nan_to_num(nan=e)
 
-    Args: chosen, rejected (B,): rewards; margin (B,), or None for 0.
-    Source: Bradley & Terry 1952; with margin Llama 2 (2307.09288, eq. 2).
+
+# --- the reward model's -------------------------------------------------------------------------
+
+
+def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, e: float = 0.0) -> Tensor:
+    """Reward-model loss: -(1-e) log sig(r_w - r_l - margin) - e log sig(r_l - r_w - margin).
+
+    Args: chosen, rejected (B,): rewards; margin (B,) or 0; e: label smoothing, the share of labels
+    taken to be wrong. Source: Bradley & Terry 1952; margin Llama 2 (2307.09288, eq. 2); smoothing
+    2401.06080, section 2.2.
     """
-    return -F.logsigmoid(chosen - rejected - (0.0 if margin is None else margin))
+    gap = chosen - rejected
+    return -(1 - e) * F.logsigmoid(gap - margin) - e * F.logsigmoid(-gap - margin)
+
+
+def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """(r_w + r_l)^2, which keeps raw rewards around 0. Source: 2312.09244, section 2.1."""
+    return (chosen + rejected) ** 2
+
+
+# --- differences of log-ratios: DPO and its relatives -------------------------------------------
 
 
 def sigmoid(pairs: PairLogps, beta: float) -> Tensor:
-    """DPO per pair: -log sig(beta D). Source: 2305.18290, eq. 7."""
-    return -F.logsigmoid(beta * (pairs.s_w - pairs.s_l))
+    """DPO: -log sig(beta D). Source: 2305.18290, eq. 7."""
+    return -F.logsigmoid(beta * pairs.D)
 
 
-PreferenceLoss = Callable[[PairLogps, float], Tensor]
-PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {"sigmoid": sigmoid}
+def cdpo(pairs: PairLogps, beta: float, e: float = 0.1) -> Tensor:
+    """Conservative DPO: -(1-e) log sig(beta D) - e log sig(-beta D). Source: Mitchell 2023, a note."""
+    e_ = pairs.label_noise(e)
+    return -(1 - e_) * F.logsigmoid(beta * pairs.D) - e_ * F.logsigmoid(-beta * pairs.D)
+
+
+def robust(pairs: PairLogps, beta: float, e: float = 0.1) -> Tensor:
+    """DPO, unbiased under flipped labels; e < 1/2. Source: 2403.00409, eq. 12.
+
+    [-(1-e) log sig(beta D) + e log sig(-beta D)] / (1 - 2e)
+    """
+    e_ = pairs.label_noise(e)
+    return (-(1 - e_) * F.logsigmoid(beta * pairs.D) + e_ * F.logsigmoid(-beta * pairs.D)) / (1 - 2 * e_)
+
+
+def hinge(pairs: PairLogps, beta: float) -> Tensor:
+    """SLiC's hinge on DPO's margin: max(0, 1 - beta D). Source: 2305.10425; 2309.06657, eq. 12."""
+    return (1 - beta * pairs.D).clamp(min=0)
+
+
+def ipo(pairs: PairLogps, beta: float) -> Tensor:
+    """IPO on sums, as in the paper: (D - 1/(2 beta))^2. Source: 2310.12036, eq. 17 (its tau is beta)."""
+    return (pairs.D - 1 / (2 * beta)) ** 2
+
+
+def ipo_mean(pairs: PairLogps, beta: float) -> Tensor:
+    """IPO on per-token means, as in TRL: (s_w/|w| - s_l/|l| - 1/(2 beta))^2."""
+    return (pairs.s_w / pairs.chosen_len - pairs.s_l / pairs.rejected_len - 1 / (2 * beta)) ** 2
+
+
+def exo_pair(pairs: PairLogps, beta: float, e: float = 1e-3) -> Tensor:
+    """EXO: KL of [sig(beta D), sig(-beta D)] from [1-e, e]. Source: 2402.00856, eq. 16; e > 0."""
+    e_ = torch.as_tensor(pairs.label_noise(e), dtype=pairs.chosen.dtype)
+    log_p, log_q = F.logsigmoid(beta * pairs.D), F.logsigmoid(-beta * pairs.D)
+    return log_p.exp() * (log_p - torch.log(1 - e_)) + log_q.exp() * (log_q - torch.log(e_))
+
+
+def discopop(pairs: PairLogps, beta: float, tau: float = 0.05) -> Tensor:
+    """Found by a language model: (1-m)(-log sig(beta D)) + m exp(-beta D). Source: 2406.08414, eq. 5.
+
+    m = sig(beta D / tau)
+    """
+    m = torch.sigmoid(beta * pairs.D / tau)
+    return (1 - m) * -F.logsigmoid(beta * pairs.D) + m * torch.exp(-beta * pairs.D)
+
+
+def aot(pairs: PairLogps, beta: float, e: float = 0.0) -> Tensor:
+    """Optimal transport on the batch, paired: cdpo of sorted(log pi_w/pi_l) - sorted(log ref_w/ref_l).
+
+    Source: 2406.05882, eq. 8 ("paired"). Compares across the batch: see WHOLE_BATCH.
+    """
+    policy = (pairs.chosen - pairs.rejected).sort().values
+    return _smoothed(beta * (policy - (pairs.ref_chosen - pairs.ref_rejected).sort().values), e)
+
+
+def aot_unpaired(pairs: PairLogps, beta: float, e: float = 0.0) -> Tensor:
+    """The unpaired form of `aot`: cdpo of sorted(s_w) - sorted(s_l). Source: 2406.05882, eq. 10."""
+    return _smoothed(beta * (pairs.s_w.sort().values - pairs.s_l.sort().values), e)
+
+
+def _smoothed(logits: Tensor, e: float) -> Tensor:
+    return -(1 - e) * F.logsigmoid(logits) - e * F.logsigmoid(-logits)
+
+
+# --- each response on its own -------------------------------------------------------------------
+
+
+def nca_pair(pairs: PairLogps, beta: float) -> Tensor:
+    """NCA: -log sig(beta s_w) - 0.5 log sig(-beta s_w) - 0.5 log sig(-beta s_l). Source: 2402.05369, eq. 13."""
+    rest = F.logsigmoid(-beta * pairs.s_w) + F.logsigmoid(-beta * pairs.s_l)
+    return -F.logsigmoid(beta * pairs.s_w) - 0.5 * rest
+
+
+def bco_pair(pairs: PairLogps, beta: float) -> Tensor:
+    """BCO: -log sig(beta s_w - d) - log sig(-(beta s_l - d)). Source: 2404.04656, eq. 9.
+
+    d = beta times the running mean of (s_w + s_l)/2, here over the batches before this one, so that
+    it does not depend on the microbatch (TRL's includes the current batch).
+    """
+    d = beta * pairs.mean_log_ratio
+    return -F.logsigmoid(beta * pairs.s_w - d) - F.logsigmoid(-(beta * pairs.s_l - d))
+
+
+def sppo_hard(pairs: PairLogps, beta: float) -> Tensor:
+    """SPPO with hard labels: (s_w - 1/(2 beta))^2 + (s_l + 1/(2 beta))^2. Source: 2405.00675, eq. 4.7."""
+    return (pairs.s_w - 1 / (2 * beta)) ** 2 + (pairs.s_l + 1 / (2 * beta)) ** 2
+
+
+def apo_zero(pairs: PairLogps, beta: float) -> Tensor:
+    """APO, chosen up and rejected down: 1 - sig(beta s_w) + sig(beta s_l). Source: 2408.06266, eq. 7."""
+    return 1 - torch.sigmoid(beta * pairs.s_w) + torch.sigmoid(beta * pairs.s_l)
+
+
+def apo_down(pairs: PairLogps, beta: float) -> Tensor:
+    """APO, both down but chosen less: sig(beta s_w) + 1 - sig(beta D). Source: 2408.06266, eq. 8."""
+    return torch.sigmoid(beta * pairs.s_w) + 1 - torch.sigmoid(beta * pairs.D)
+
+
+def kto(pairs: PairLogps, beta: float) -> Tensor:
+    """KTO on pairs: 1 - sig(beta (s_w - z_l)) + 1 - sig(beta (z_w - s_l)). Source: 2402.01306, eq. 8.
+
+    The baselines z_w = max(0, mean s_w) and z_l = max(0, mean s_l) over the batch stand in for the
+    paper's KL estimate from mismatched pairs, as in the paired form of the authors' code and of
+    older TRL. Compares across the batch: see WHOLE_BATCH.
+    """
+    z_w, z_l = (s.detach().mean().clamp(min=0) for s in (pairs.s_w, pairs.s_l))
+    return 2 - torch.sigmoid(beta * (pairs.s_w - z_l)) - torch.sigmoid(beta * (z_w - pairs.s_l))
+
+
+# --- with a likelihood term, or without a reference ---------------------------------------------
+
+
+def sft(pairs: PairLogps, beta: float) -> Tensor:
+    """Negative log-likelihood of the chosen response per token, -log pi_w / |w|; ignores beta."""
+    return -pairs.chosen / pairs.chosen_len
+
+
+def rpo(pairs: PairLogps, beta: float, alpha: float = 1.0) -> Tensor:
+    """DPO + NLL: sigmoid + alpha sft, also called RPO in TRL. Source: 2404.19733, eq. 1."""
+    return sigmoid(pairs, beta) + alpha * sft(pairs, beta)
+
+
+def simpo(pairs: PairLogps, beta: float, gamma: float = 0.5) -> Tensor:
+    """SimPO: -log sig(beta (log pi_w/|w| - log pi_l/|l|) - gamma). Source: 2405.14734, eq. 6."""
+    return -F.logsigmoid(beta * (pairs.chosen / pairs.chosen_len - pairs.rejected / pairs.rejected_len) - gamma)
+
+
+def orpo(pairs: PairLogps, beta: float, lam: float = 0.1) -> Tensor:
+    """ORPO: sft - lam log sig(log odds_w - log odds_l); ignores beta. Source: 2403.07691, eq. 6 and 7.
+
+    odds = p / (1 - p) with p = exp(log pi / |y|); TRL calls lam "beta".
+    """
+    mean_w, mean_l = pairs.chosen / pairs.chosen_len, pairs.rejected / pairs.rejected_len
+    log_odds = (mean_w - mean_l) - (_log1mexp(mean_w) - _log1mexp(mean_l))
+    return sft(pairs, beta) - lam * F.logsigmoid(log_odds)
+
+
+def cpo(pairs: PairLogps, beta: float, alpha: float = 1.0) -> Tensor:
+    """CPO: -log sig(beta (log pi_w - log pi_l)) + alpha sft. Source: 2401.08417, eq. 3 to 5.
+
+    The paper writes the likelihood term as a sum over tokens; the mean used here is what its
+    authors' code and TRL compute.
+    """
+    return -F.logsigmoid(beta * (pairs.chosen - pairs.rejected)) + alpha * sft(pairs, beta)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x <= 0 without cancellation; x = 0 is moved to -1e-6, as 1 - p would be 0."""
+    x = x.clamp(max=-1e-6)
+    return torch.where(x > -0.693, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+
+
+PreferenceLoss = Callable[..., Tensor]
+"""(pairs, beta, the loss's own constants by name) -> one loss per pair, (B,)."""
+
+PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
+    "sigmoid": sigmoid,
+    "cdpo": cdpo,
+    "robust": robust,
+    "hinge": hinge,
+    "ipo": ipo,
+    "ipo_mean": ipo_mean,
+    "exo_pair": exo_pair,
+    "nca_pair": nca_pair,
+    "bco_pair": bco_pair,
+    "sppo_hard": sppo_hard,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
+    "simpo": simpo,
+    "orpo": orpo,
+    "cpo": cpo,
+    "rpo": rpo,
+    "kto": kto,
+    "sft": sft,
+}
+REFERENCE_FREE = {"simpo", "orpo", "cpo", "sft"}  # no reference model is loaded
+WHOLE_BATCH = {"aot", "aot_unpaired", "kto"}  # look across the batch: --microbatch must equal --batch
 
 
 def pair_metrics(pairs: PairLogps, beta: float) -> dict[str, Tensor]:
@@ -58,7 +263,7 @@ def pair_metrics(pairs: PairLogps, beta: float) -> dict[str, Tensor]:
         return {
             "reward_chosen": beta * pairs.s_w,
             "reward_rejected": beta * pairs.s_l,
-            "reward_margin": beta * (pairs.s_w - pairs.s_l),
+            "reward_margin": beta * pairs.D,
             "accuracy": (pairs.s_w > pairs.s_l).float(),
             "logp_chosen": pairs.chosen.clone(),
             "logp_rejected": pairs.rejected.clone(),

@@ -158,7 +158,8 @@ def report(
         split = read_json(Path(config.split) / "manifest.json")["results"]
         facts.append(
             f"Split: gamma {split['gamma']:.2f}, "
-            + ", ".join(f"{n} {name}" for name, n in split["sizes"].items())
+            + "{easy} easy, {hard} hard, {contradicted} contradicted pairs; ".format(**split["sizes"])
+            + "DPO gets {pairs} pairs, PPO {prompts} prompts".format(**split["sizes"])
             + f"; {100 * split['share_gap_in_0_1']:.0f} % of the training pairs have a gap in [0, 1]."
         )
         sections.append(("Reward gap r(chosen) - r(rejected) of the training pairs", bars(split["histogram"])))
@@ -179,16 +180,12 @@ def report(
     return Report("\n".join(terminal), "\n\n".join(markdown) + "\n")
 
 
-STAGES = ("data", "tokenizer", "sft", "rm", "split", "dpo", "mpo", "eval")
-
-
 def stage_table(run: Path) -> str:
-    """What each stage of a run cost, from the manifests."""
+    """What each stage of a run cost, from the manifests, in the order in which they ended."""
     rows = []
-    for name in STAGES:
-        if (path := run / name / "manifest.json").exists():
-            manifest = read_json(path)
-            rows.append([name, f"{manifest['seconds']:.0f}", f"{manifest['peak_memory_mb']:.0f}"])
+    for path in sorted(run.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime):
+        manifest = read_json(path)
+        rows.append([path.parent.name, f"{manifest['seconds']:.0f}", f"{manifest['peak_memory_mb']:.0f}"])
     total = sum(float(row[1]) for row in rows)
     return table(["stage", "seconds", "peak memory, MB"], [*rows, ["total", f"{total:.0f}", ""]])
 

@@ -7,11 +7,13 @@ and their prompts in PPO is our choice.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from mpo.data.rows import Row
 from mpo.errors import InputError
 from mpo.randomness import generator
 
@@ -24,6 +26,11 @@ class Split:
     easy: list[int]  # gap >= gamma
     hard: list[int]  # |gap| < gamma
     contradicted: list[int]  # gap <= -gamma
+
+    @property
+    def parts(self) -> dict[str, list[int]]:
+        """The three parts by name."""
+        return {"easy": self.easy, "hard": self.hard, "contradicted": self.contradicted}
 
 
 def threshold(gaps: Tensor, gamma: str) -> float:
@@ -52,6 +59,16 @@ def split_by_gap(gaps: Tensor, gamma: float) -> Split:
     return Split(gamma, where(gaps >= gamma), where(gaps.abs() < gamma), where(gaps <= -gamma))
 
 
+def gap_over_uncertainty(gaps: Tensor) -> Tensor:
+    """(K, N) gaps of K reward models -> (N,): mean over standard error, so that doubt makes a pair hard.
+
+    Errors: InputError where there is one reward model, which cannot disagree with itself.
+    """
+    if len(gaps) < 2:
+        raise InputError("--by uncertainty: needs two or more reward models: --rm folder,folder")
+    return gaps.mean(0) / (gaps.std(0) / len(gaps) ** 0.5).clamp(min=1e-6)
+
+
 def control(split: Split, gaps: Tensor, kind: str, seed: int) -> Split:
     """A split with parts of the same sizes as `split`, but another order of the same pairs.
 
@@ -66,3 +83,24 @@ def control(split: Split, gaps: Tensor, kind: str, seed: int) -> Split:
     order = pairs[gaps[pairs].abs().argsort(stable=True)].tolist()
     cut = len(split.easy)
     return Split(split.gamma, sorted(order[:cut]), sorted(order[cut:]), split.contradicted)
+
+
+def assign(split: Split, rows: Sequence[Row], log_odds: Tensor, uses: Mapping[str, str]) -> tuple[list[Row], list[Row]]:
+    """What each part is used for -> (pairs for DPO, rows whose prompts are for PPO), in row order.
+
+    `uses`: part -> dpo (train on the pair), flip (on the pair with its label turned round), smooth
+    (on the pair, with the reward model's probability that the label is wrong, sig(-log_odds), for
+    the losses that know label noise), ppo (its prompt), or drop. log_odds (N,): of the label.
+    """
+    use_of = {i: uses[name] for name, index in split.parts.items() for i in index}
+    for_dpo, for_ppo = [], []
+    for i, row in enumerate(rows):
+        if use_of[i] == "dpo":
+            for_dpo.append(row)
+        elif use_of[i] == "flip":
+            for_dpo.append(replace(row, chosen=row.rejected, rejected=row.chosen))
+        elif use_of[i] == "smooth":
+            for_dpo.append(replace(row, noise=round(float(torch.sigmoid(-log_odds[i])), 6)))
+        elif use_of[i] == "ppo":
+            for_ppo.append(row)
+    return for_dpo, for_ppo

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mpo.artifacts import Stage
+from mpo.checkpoint import save_model
 from mpo.config import Common, Training, exact_div
 from mpo.data.batches import Pair, shuffled_batches
 from mpo.errors import InputError
+from mpo.model import Llama, ScalarModel
 from mpo.progress import progress
 
 Metrics = dict[str, Tensor]
@@ -22,7 +24,7 @@ LossSums = Callable[[list[Pair]], tuple[Tensor, Metrics]]
 
 def setup_torch(config: Common) -> None:
     """Threads, and denormals flushed (they slow small models down a hundredfold)."""
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    torch.set_num_threads(config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     torch.set_flush_denormal(True)
 
 
@@ -58,8 +60,8 @@ def optimiser_step(optimiser: torch.optim.Optimizer, model: nn.Module, lr: float
     return norm
 
 
-def batches_of(pairs: Sequence[Pair], batch: int, epochs: float, seed: int) -> list[list[Pair]]:
-    """All batches of a run in order; a fraction of an epoch is a fraction of its batches."""
+def batches_of(pairs: Sequence[Pair], batch: int, epochs: float, seed: int, steps: int = 0) -> list[list[Pair]]:
+    """All batches of a run in order: `steps` of them, or as many as `epochs` (or a part of one) make."""
     if len(pairs) < batch:
         raise InputError(f"{len(pairs)} rows do not fill one batch of {batch}; lower --batch or bring more rows")
 
@@ -71,25 +73,33 @@ def batches_of(pairs: Sequence[Pair], batch: int, epochs: float, seed: int) -> l
 
     per_epoch = sum(1 for _ in shuffled_batches(pairs, batch, seed, 0))
     endless = forever()
-    return [next(endless) for _ in range(max(1, round(per_epoch * epochs)))]
+    return [next(endless) for _ in range(steps or max(1, round(per_epoch * epochs)))]
+
+
+def milestones(steps: int, keep: int) -> dict[int, str]:
+    """After which steps a model is kept on the way, and the name of its folder."""
+    at = {round(steps * i / (keep + 1)) for i in range(1, keep + 1)} - {0, steps}
+    return {step: f"step-{step}" for step in sorted(at)}
 
 
 def train(
-    model: nn.Module,
+    model: Llama | ScalarModel,
     batches: Sequence[list[Pair]],
     loss_sums: LossSums,
     units: Callable[[Pair], float],
     config: Training,
     stage: Stage,
+    keep: int = 0,
 ) -> dict[str, float]:
     """Run every batch once; returns the means of the last tenth of the steps.
 
-    Losses and metrics are divided by the number of units (tokens or pairs) of the whole batch,
-    so that 1 x 8 and 8 x 1 microbatches give the same gradient.
+    Losses and metrics are divided by the number of units (tokens or pairs) of the whole batch, so
+    that 1 x 8 and 8 x 1 microbatches give the same gradient. `keep` models are kept on the way.
     """
     exact_div(config.batch, config.microbatch, "--batch and --microbatch")
     optimiser = adamw(model, config.lr, config.weight_decay)
     model.train()
+    kept = milestones(len(batches), keep)
     recent: list[dict[str, float]] = []
     bar = progress(batches, stage.out.name)
     for step, batch in enumerate(bar):
@@ -103,6 +113,8 @@ def train(
         lr = learning_rate(step, len(batches), config.lr, config.warmup, config.final_lr)
         metrics |= {"grad_norm": optimiser_step(optimiser, model, lr, config.grad_clip), "lr": lr}
         stage.log(step, metrics)
+        if step + 1 in kept:
+            save_model(stage.out / kept[step + 1], model)
         recent = [*recent[-max(1, len(batches) // 10) :], metrics]
         shown = [name for name in ("loss", "accuracy") if name in metrics]
         bar.set_postfix({name: f"{sum(m[name] for m in recent) / len(recent):.3f}" for name in shown}, refresh=False)

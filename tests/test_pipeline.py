@@ -32,8 +32,8 @@ def run_pipeline(run: Path, task: str, seed: int = 1) -> None:
     stage("train_sft.py", "sft", *data, "--tokenizer", run / "tokenizer", "--epochs", 0.5, *SMALL)
     stage("train_rm.py", "rm", *data, "--model", run / "sft", "--epochs", 0.5, *SMALL)
     stage("split_data.py", "split", *data, "--rm", run / "rm", "--threads", 1)
-    easy, prompts = run / "split" / "easy.jsonl", run / "split" / "prompts.jsonl"
-    stage("train_dpo.py", "dpo", "--data", easy, "--model", run / "sft", *SMALL)
+    pairs, prompts = run / "split" / "pairs.jsonl", run / "split" / "prompts.jsonl"
+    stage("train_dpo.py", "dpo", "--data", pairs, "--model", run / "sft", *SMALL)
     models = ("--model", run / "dpo", "--ref", run / "dpo", "--rm", run / "rm")
     sizes = ("--iterations", 2, "--batch", 8, "--minibatch", 4, "--microbatch", 2, "--max_new", 10, "--threads", 1)
     stage("train_ppo.py", "mpo", "--prompts", prompts, *models, *sizes)
@@ -61,8 +61,10 @@ def test_every_artefact_is_there_and_says_where_it_comes_from(hh_run):
         assert manifest["config"]["seed"] == 1
     split = read_json(hh_run / "split" / "manifest.json")["results"]
     assert split["rm_sha256"]["model.safetensors"] == sha256(hh_run / "rm" / "model.safetensors")
-    assert sum(split["sizes"].values()) == split["rows"]["kept"]
-    assert split["ppo_prompts"] == split["sizes"]["hard"] + split["sizes"]["contradicted"]
+    sizes = split["sizes"]
+    assert sizes["pairs"] == sizes["easy"]
+    assert sizes["prompts"] == sizes["hard"] + sizes["contradicted"]
+    assert sizes["pairs"] + sizes["prompts"] == split["rows"]["kept"]
 
 
 def test_the_first_losses_are_what_theory_says(hh_run):

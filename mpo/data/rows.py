@@ -24,6 +24,7 @@ class Row:
     rejected: str
     domain: str = ""
     margin: float | None = None  # how much better the annotator finds `chosen`, where known
+    noise: float | None = None  # the probability that the label is wrong, where known
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -60,20 +61,30 @@ def text_field(where: str, item: dict[str, Any], name: str) -> str:
     return value
 
 
+def number_field(where: str, item: dict[str, Any], name: str) -> float | None:
+    """The number under `name`, None where there is none, or a one-line error."""
+    value = item.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{where}: field {name!r} is {type(value).__name__}, not a number")
+    return value
+
+
 def read_rows(path: str | Path) -> list[Row]:
     """Read rows in the project's own format: {"id", "prompt", "chosen", "rejected"} a line."""
     path = Path(path)
     rows: list[Row] = []
     for where, item in read_jsonl(path):
-        margin = item.get("margin")
-        if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-            raise InputError(f"{where}: field 'margin' is {type(margin).__name__}, not a number")
         rows.append(
             Row(
                 id=str(item.get("id", f"{path.stem}-{len(rows)}")),
-                **{name: text_field(where, item, name) for name in ("prompt", "chosen", "rejected")},
+                prompt=text_field(where, item, "prompt"),
+                chosen=text_field(where, item, "chosen"),
+                rejected=text_field(where, item, "rejected"),
                 domain=str(item.get("domain", "")),
-                margin=margin,
+                margin=number_field(where, item, "margin"),
+                noise=number_field(where, item, "noise"),
             )
         )
     if not rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from mpo.data.rows import Row
@@ -97,6 +97,12 @@ def build(name: str, seed: int, train: int, test: int) -> dict[str, list[Row]]:
         splits[split] = [_pair(name, rng, f"{name}-{split}-{i}", prompt) for i, prompt in rows]
         rng.shuffle(splits[split])
     return splits
+
+
+def flip_labels(name: str, seed: int, rows: list[Row], share: float) -> list[Row]:
+    """The same rows with each label turned round with probability `share`."""
+    rng = random.Random(f"{seed}/{name}/noise")
+    return [replace(r, chosen=r.rejected, rejected=r.chosen) if rng.random() < share else r for r in rows]
 
 
 def probe_sheet(name: str, seed: int, each: int = 24) -> list[dict[str, str]]:

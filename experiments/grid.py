@@ -1,0 +1,156 @@
+"""A grid of cells, each a policy trained by make and evaluated by eval.py; one row a finished cell.
+
+Killed at any moment, the same command goes on where it was: make keeps finished stages, and a cell
+with a row is not run again. Cells of one run folder are worked off in order by one worker; workers
+are single-threaded processes, which at the size of these models is the fastest way to fill a machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpo.artifacts import read_json
+from mpo.data.rows import read_jsonl
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = 400
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One policy of one run, and how make is to train it."""
+
+    grid: str  # which table it belongs to
+    task: str
+    seed: int
+    variant: str  # what is different in this run, "" for nothing
+    policy: str  # a folder of schedules.mk
+    run: str  # the run folder
+    source: str = ""  # FROM: the run whose stages this one shares
+    variables: Mapping[str, str] = field(default_factory=dict)  # make's: DPO_FLAGS, mpo_FLAGS, LOSS, ...
+    prompts: int = PROMPTS  # held-out prompts of the evaluation
+
+    @property
+    def key(self) -> tuple[str, str, int, str, str]:
+        """What tells this cell's row from all others."""
+        return self.grid, self.task, self.seed, self.variant, self.policy
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results file, [] where there is none."""
+    return [row for _, row in read_jsonl(path)] if path.exists() else []
+
+
+def run_cells(cells: Sequence[Cell], results: Path, jobs: int) -> int:
+    """Run every cell that has no row yet, `jobs` run folders at a time; returns how many failed."""
+    done = {tuple(row[k] for k in ("grid", "task", "seed", "variant", "policy")) for row in read_results(results)}
+    waiting: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.key not in done:
+            waiting.setdefault(cell.run, []).append(cell)
+    left = sum(map(len, waiting.values()))
+    print(f"{results.name}: {len(cells)} cells, {left} to run, {jobs} at a time", flush=True)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    lock, failed = threading.Lock(), [0]
+
+    def work(cells_of_run: list[Cell]) -> None:
+        for cell in cells_of_run:
+            try:
+                row = run_cell(cell)
+            except subprocess.CalledProcessError as e:
+                failed[0] += 1
+                print(f"FAILED {' '.join(map(str, cell.key))}: see {e.cmd}", file=sys.stderr, flush=True)
+                continue
+            with lock, results.open("a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+            print(f"{' '.join(map(str, cell.key))}: gold {row['gold']:.2f}, KL {row['kl']:.2f}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, waiting.values()))
+    return failed[0]
+
+
+def run_cell(cell: Cell) -> dict[str, Any]:
+    """Train and evaluate one policy, with what it was on the way; returns its row.
+
+    Errors: CalledProcessError, its cmd being the log, when a stage fails.
+    """
+    folder = ROOT / cell.run / cell.policy
+    log = ROOT / cell.run / "logs" / f"{cell.policy}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    variables = {"TASK": cell.task, "SEED": str(cell.seed), "RUN": cell.run, "FROM": cell.source} | dict(cell.variables)
+    _call(["make", "--no-print-directory", *(f"{k}={v}" for k, v in variables.items()), f"policy-{cell.policy}"], log)
+    kept = sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]))
+    policies = {"sft": f"{cell.run}/sft"} | {p.name: f"{cell.run}/{cell.policy}/{p.name}" for p in kept}
+    policies[cell.policy] = f"{cell.run}/{cell.policy}"
+    evaluated = f"{cell.run}/evals/{cell.policy}"
+    flags = {"data": f"{cell.run}/data", "rm": f"{cell.run}/rm", "out": evaluated, "overwrite": "true"}
+    flags |= {"seed": str(cell.seed), "prompts": str(cell.prompts)}
+    flags["policies"] = ",".join(f"{name}={path}" for name, path in policies.items())
+    _call([sys.executable, "eval.py", *(part for k, v in flags.items() for part in (f"--{k}", v))], log)
+    return {"grid": cell.grid, "task": cell.task, "seed": cell.seed, "variant": cell.variant} | row_of(
+        ROOT / evaluated, cell.policy, folder
+    )
+
+
+def row_of(evaluated: Path, policy: str, folder: Path) -> dict[str, Any]:
+    """A cell's row: per-prompt results of the policy, and means at each model kept on the way."""
+    means = read_json(evaluated / "results.json")["policies"]
+    responses = [row for _, row in read_jsonl(evaluated / f"responses-{policy}.jsonl")]
+    manifest = read_json(folder / "manifest.json")
+
+    def point(name: str) -> dict[str, float]:
+        row = means[name]
+        kl, reward, gold = (round(row[column][0], 4) for column in ("kl", "reward", "gold"))
+        return {"kl": kl, "reward": reward, "gold": gold, "eos": round(row["eos_rate"], 4)}
+
+    return {
+        "policy": policy,
+        **point(policy),
+        "words": round(means[policy]["words"], 2),
+        "kinds": {k.split("/")[1]: round(v, 3) for k, v in means[policy].items() if k.startswith("gold/")},
+        "refusals_benign": round(means[policy]["refusals_benign"], 4),
+        "path": {name[5:]: point(name) for name in means if name.startswith("step-")},
+        "golds": [round(r["gold"], 2) for r in responses],
+        "rewards": [round(r["reward"], 2) for r in responses],
+        "kls": [round(r["kl"], 2) for r in responses],
+        "config": {k: v for k, v in manifest["config"].items() if k not in ("out", "overwrite", "threads")},
+        "seconds": manifest["seconds"],
+        "commit": commit(),
+        "machine": machine(),
+    }
+
+
+def _call(command: Iterable[str], log: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("a", encoding="utf-8") as out:
+        done = subprocess.run(list(command), cwd=ROOT, stdout=out, stderr=out, env=environment, check=False)
+    if done.returncode:
+        raise subprocess.CalledProcessError(done.returncode, str(log))
+
+
+def commit() -> str:
+    """The commit that is checked out, with "+" where the code differs from it; "" outside a repository."""
+    head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py", "*.mk", "Makefile"], cwd=ROOT)
+    return head.stdout.strip() + ("+" if changed.returncode == 1 else "") if head.returncode == 0 else ""
+
+
+def machine() -> str:
+    """The processor by name, with its cores."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        name = models[0] if models else name
+    return f"{name}, {os.cpu_count()} cores"
