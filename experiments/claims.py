@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import product
 
-from experiments.grid import ROOT, Cell, read_results, run_cells
+from experiments.grid import ROOT, Cell, make, read_results, run_cells
 from mpo.artifacts import read_json, write_json
 from mpo.config import run_plain
 from mpo.errors import InputError
@@ -82,10 +82,9 @@ def variables(settings: dict[str, str]) -> dict[str, str]:
 
 
 def tuning_cells(task: str, method: str, trials: Sequence[str], settings: dict[str, str]) -> Iterator[Cell]:
-    """The trials of one method: runs that share all but its last stage."""
-    base = base_run(task, TUNING_SEED)
-    if first := FIRST_STAGE.get(method):  # made once, in the base run, with its tuned flags
-        yield Cell("tune", task, TUNING_SEED, "", first, base, "", variables(settings))
+    """The trials of one method: runs that share all but its last stage, made once in the base run."""
+    base, first = base_run(task, TUNING_SEED), FIRST_STAGE.get(method, "sft")
+    yield Cell("tune", task, TUNING_SEED, "", first, base, "", variables(settings))
     for i, flags in enumerate(trials):
         run = f"runs/claims/tune/{task}-{method}-{i}"
         yield Cell("tune", task, TUNING_SEED, flags, method, run, base, variables(settings | {method: flags}))
@@ -101,6 +100,8 @@ def tune(jobs: int) -> int:
         todo = [(task, m) for m, task in product(methods, TASKS) if m not in settings[task]]
         cells = [c for task, m in todo for c in tuning_cells(task, m, trials, settings[task])]
         firsts = {c.key: c for c in cells if not c.source}  # before the runs that share them
+        for cell in firsts.values():
+            make(cell, "policy-split", ROOT / cell.run / "logs" / "split.log")
         failed = run_cells(list(firsts.values()), results, jobs)
         failed += run_cells([c for c in cells if c.source], results, jobs)
         if failed:

@@ -87,9 +87,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """
     folder = ROOT / cell.run / cell.policy
     log = ROOT / cell.run / "logs" / f"{cell.policy}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    variables = {"TASK": cell.task, "SEED": str(cell.seed), "RUN": cell.run, "FROM": cell.source} | dict(cell.variables)
-    _call(["make", "--no-print-directory", *(f"{k}={v}" for k, v in variables.items()), f"policy-{cell.policy}"], log)
+    make(cell, f"policy-{cell.policy}", log)
     kept = sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]))
     policies = {"sft": f"{cell.run}/sft"} | {p.name: f"{cell.run}/{cell.policy}/{p.name}" for p in kept}
     policies[cell.policy] = f"{cell.run}/{cell.policy}"
@@ -101,6 +99,12 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     return {"grid": cell.grid, "task": cell.task, "seed": cell.seed, "variant": cell.variant} | row_of(
         ROOT / evaluated, cell.policy, folder
     )
+
+
+def make(cell: Cell, target: str, log: Path) -> None:
+    """Let make bring a target of the cell's run up to date."""
+    variables = {"TASK": cell.task, "SEED": str(cell.seed), "RUN": cell.run, "FROM": cell.source} | dict(cell.variables)
+    _call(["make", "--no-print-directory", *(f"{k}={v}" for k, v in variables.items()), target], log)
 
 
 def row_of(evaluated: Path, policy: str, folder: Path) -> dict[str, Any]:
@@ -133,6 +137,7 @@ def row_of(evaluated: Path, policy: str, folder: Path) -> dict[str, Any]:
 
 def _call(command: Iterable[str], log: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as out:
         done = subprocess.run(list(command), cwd=ROOT, stdout=out, stderr=out, env=environment, check=False)
     if done.returncode:

@@ -42,8 +42,8 @@ def test_bad_flags_name_themselves(flags, message):
 def test_missing_and_wrong_choices():
     with pytest.raises(InputError, match="required: --out, --data, --model"):
         parse(DPOConfig, [])
-    with pytest.raises(InputError, match="--control: invalid choice: 'x'"):
-        parse(SplitConfig, ["--data", "d", "--rm", "r", "--out", "o", "--control", "x"])
+    with pytest.raises(InputError, match="--hard: invalid choice: 'x'"):
+        parse(SplitConfig, ["--data", "d", "--rm", "r", "--out", "o", "--hard", "x"])
 
 
 @pytest.mark.parametrize("cls", STAGES, ids=lambda c: c.__name__)
