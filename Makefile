@@ -4,6 +4,8 @@
 #   make chat STAGE=mpo     type to any stage's model
 #   make report             print the report of a run again
 #   make data/hh-rlhf       download the official HH-RLHF files
+#   make ablate             compare losses, estimators, splits ... over seeds (GRID, VARY, VALUES, SEEDS)
+#   make claims             the paper's claims put to the test: hours (docs/protocol.md); REDUCED=1: minutes
 #   make test | make lint | make setup | make clean
 #
 # Variables:
@@ -32,7 +34,7 @@ PIP    ?= .venv/bin/pip --disable-pip-version-check
 PY     := .venv/bin/python
 DONE   := manifest.json
 
-.PHONY: hh tldr pipeline chat report setup test lint clean FORCE
+.PHONY: hh tldr pipeline chat report ablate claims setup test lint clean FORCE
 .DELETE_ON_ERROR:
 
 hh tldr:
@@ -114,6 +116,17 @@ report: .venv/.runtime
 data/hh-rlhf: .venv/.runtime FORCE
 	@$(PY) -m mpo.data.download $@
 
+# --- experiments -------------------------------------------------------------------------------
+
+ablate_args = --task $(TASK) $(foreach v,GRID VARY VALUES POLICY SEEDS,$(if $($(v)),--$(call lower,$(v)) '$($(v))')) $(ABLATE_FLAGS)
+lower = $(shell echo $(1) | tr A-Z a-z)
+
+ablate: .venv/.figures
+	@$(PY) -m experiments.ablate $(ablate_args)
+
+claims: .venv/.figures
+	@$(PY) -m experiments.claims $(if $(REDUCED),--reduced true) $(CLAIMS_FLAGS)
+
 # --- development ------------------------------------------------------------------------------
 
 setup: .venv/.dev
@@ -125,6 +138,10 @@ setup: .venv/.dev
 
 .venv/.runtime: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/.figures: .venv/.runtime
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[figures]'
 	@touch $@
 
 .venv/.dev: .venv/.runtime

@@ -90,6 +90,8 @@ def main(config: DPOConfig) -> None:
     pairs, counts = encode(read_rows(config.data), tokenizer, config.max_prompt, config.max_response)
     if len({p.row.id for p in pairs}) < len(pairs):
         raise InputError(f"{config.data}: two rows share an id; ids must be unique")
+    if any(p.row.noise is not None for p in pairs) and not objective.uses_noise:
+        raise InputError(f"{config.data}: its rows carry label noise, which --loss {config.loss} ignores; take cdpo")
     print(f"{stage.out.name}: rows {counts}")
     cache: RefLogps = {}
     if not objective.reference_free:

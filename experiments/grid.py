@@ -59,7 +59,8 @@ def run_cells(cells: Sequence[Cell], results: Path, jobs: int) -> int:
         if cell.key not in done:
             waiting.setdefault(cell.run, []).append(cell)
     left = sum(map(len, waiting.values()))
-    print(f"{results.name}: {len(cells)} cells, {left} to run, {jobs} at a time", flush=True)
+    if left:
+        print(f"{results.name}: {len(cells)} cells, {left} to run, {jobs} at a time", flush=True)
     results.parent.mkdir(parents=True, exist_ok=True)
     lock, failed = threading.Lock(), [0]
 
@@ -87,7 +88,7 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     """
     folder = ROOT / cell.run / cell.policy
     log = ROOT / cell.run / "logs" / f"{cell.policy}.log"
-    make(cell, f"policy-{cell.policy}", log)
+    make(cell, f"policy-{cell.policy} policy-rm", log)
     kept = sorted(folder.glob("step-*"), key=lambda p: int(p.name[5:]))
     policies = {"sft": f"{cell.run}/sft"} | {p.name: f"{cell.run}/{cell.policy}/{p.name}" for p in kept}
     policies[cell.policy] = f"{cell.run}/{cell.policy}"
@@ -101,10 +102,10 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     )
 
 
-def make(cell: Cell, target: str, log: Path) -> None:
-    """Let make bring a target of the cell's run up to date."""
+def make(cell: Cell, targets: str, log: Path) -> None:
+    """Let make bring targets of the cell's run up to date."""
     variables = {"TASK": cell.task, "SEED": str(cell.seed), "RUN": cell.run, "FROM": cell.source} | dict(cell.variables)
-    _call(["make", "--no-print-directory", *(f"{k}={v}" for k, v in variables.items()), target], log)
+    _call(["make", "--no-print-directory", *(f"{k}={v}" for k, v in variables.items()), *targets.split()], log)
 
 
 def row_of(evaluated: Path, policy: str, folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from mpo.errors import InputError
 
 C = TypeVar("C")
-SIZES = {"batch", "minibatch", "microbatch", "max_prompt", "max_response", "max_new", "iterations"}
+SIZES = {"batch", "minibatch", "microbatch", "max_prompt", "max_response", "max_new", "iterations", "group"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,14 @@ class PPOConfig(Training):
     lr: float = 2e-4  # peak learning rate of the policy
     critic_lr: float = 5e-4  # peak learning rate of the critic
     critic_warmup: int = 3  # first rollouts that train the critic alone
+    advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce++"] = "gae"  # all but gae need no critic
+    group: int = 1  # responses to each prompt of a rollout; must divide batch
     kl_coef: float = 0.05  # beta: price of one nat of KL to the reference, per token
+    kl_in: Literal["reward", "loss"] = "reward"  # where that price is paid
+    kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"  # how the KL of a token is measured
+    ref_rate: float = 0.0  # share by which the reference follows the policy after each rollout
+    clip_score: float = 0.0  # scores are clipped to +- this; 0: not
+    whiten_rewards: bool = False  # scale per-token rewards to variance 1 before the advantages
     kl_target: float = 0.0  # adaptive controller's target KL per response; 0: kl_coef stays fixed
     kl_horizon: float = 10000.0  # adaptive controller's horizon, in responses
     gamma: float = 1.0  # discount

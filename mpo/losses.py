@@ -56,14 +56,14 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0
 
     Args: chosen, rejected (B,): rewards; margin (B,) or 0; e: label smoothing, the share of labels
     taken to be wrong. Source: Bradley & Terry 1952; margin Llama 2 (2307.09288, eq. 2); smoothing
-    2401.06080, section 2.2.
+    2401.06080.
     """
     gap = chosen - rejected
     return -(1 - e) * F.logsigmoid(gap - margin) - e * F.logsigmoid(-gap - margin)
 
 
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """(r_w + r_l)^2, which keeps raw rewards around 0. Source: 2312.09244, section 2.1."""
+    """(r_w + r_l)^2, which keeps raw rewards around 0. Source: 2312.09244."""
     return (chosen + rejected) ** 2
 
 
@@ -82,7 +82,7 @@ def cdpo(pairs: PairLogps, beta: float, e: float = 0.1) -> Tensor:
 
 
 def robust(pairs: PairLogps, beta: float, e: float = 0.1) -> Tensor:
-    """DPO, unbiased under flipped labels; e < 1/2. Source: 2403.00409, eq. 12.
+    """DPO, unbiased under flipped labels; e < 1/2. Source: 2403.00409.
 
     [-(1-e) log sig(beta D) + e log sig(-beta D)] / (1 - 2e)
     """
@@ -91,7 +91,7 @@ def robust(pairs: PairLogps, beta: float, e: float = 0.1) -> Tensor:
 
 
 def hinge(pairs: PairLogps, beta: float) -> Tensor:
-    """SLiC's hinge on DPO's margin: max(0, 1 - beta D). Source: 2305.10425; 2309.06657, eq. 12."""
+    """SLiC's hinge on DPO's margin: max(0, 1 - beta D). Source: 2305.10425; 2309.06657."""
     return (1 - beta * pairs.D).clamp(min=0)
 
 
@@ -124,14 +124,14 @@ def discopop(pairs: PairLogps, beta: float, tau: float = 0.05) -> Tensor:
 def aot(pairs: PairLogps, beta: float, e: float = 0.0) -> Tensor:
     """Optimal transport on the batch, paired: cdpo of sorted(log pi_w/pi_l) - sorted(log ref_w/ref_l).
 
-    Source: 2406.05882, eq. 8 ("paired"). Compares across the batch: see WHOLE_BATCH.
+    Source: 2406.05882 (its paired form). Compares across the batch: see WHOLE_BATCH.
     """
     policy = (pairs.chosen - pairs.rejected).sort().values
     return _smoothed(beta * (policy - (pairs.ref_chosen - pairs.ref_rejected).sort().values), e)
 
 
 def aot_unpaired(pairs: PairLogps, beta: float, e: float = 0.0) -> Tensor:
-    """The unpaired form of `aot`: cdpo of sorted(s_w) - sorted(s_l). Source: 2406.05882, eq. 10."""
+    """The unpaired form of `aot`: cdpo of sorted(s_w) - sorted(s_l). Source: 2406.05882."""
     return _smoothed(beta * (pairs.s_w.sort().values - pairs.s_l.sort().values), e)
 
 
@@ -143,13 +143,13 @@ def _smoothed(logits: Tensor, e: float) -> Tensor:
 
 
 def nca_pair(pairs: PairLogps, beta: float) -> Tensor:
-    """NCA: -log sig(beta s_w) - 0.5 log sig(-beta s_w) - 0.5 log sig(-beta s_l). Source: 2402.05369, eq. 13."""
+    """NCA: -log sig(beta s_w) - 0.5 log sig(-beta s_w) - 0.5 log sig(-beta s_l). Source: 2402.05369."""
     rest = F.logsigmoid(-beta * pairs.s_w) + F.logsigmoid(-beta * pairs.s_l)
     return -F.logsigmoid(beta * pairs.s_w) - 0.5 * rest
 
 
 def bco_pair(pairs: PairLogps, beta: float) -> Tensor:
-    """BCO: -log sig(beta s_w - d) - log sig(-(beta s_l - d)). Source: 2404.04656, eq. 9.
+    """BCO: -log sig(beta s_w - d) - log sig(-(beta s_l - d)). Source: 2404.04656.
 
     d = beta times the running mean of (s_w + s_l)/2, here over the batches before this one, so that
     it does not depend on the microbatch (TRL's includes the current batch).
@@ -174,7 +174,7 @@ def apo_down(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def kto(pairs: PairLogps, beta: float) -> Tensor:
-    """KTO on pairs: 1 - sig(beta (s_w - z_l)) + 1 - sig(beta (z_w - s_l)). Source: 2402.01306, eq. 8.
+    """KTO on pairs: 1 - sig(beta (s_w - z_l)) + 1 - sig(beta (z_w - s_l)). Source: 2402.01306.
 
     The baselines z_w = max(0, mean s_w) and z_l = max(0, mean s_l) over the batch stand in for the
     paper's KL estimate from mismatched pairs, as in the paired form of the authors' code and of
@@ -213,7 +213,7 @@ def orpo(pairs: PairLogps, beta: float, lam: float = 0.1) -> Tensor:
 
 
 def cpo(pairs: PairLogps, beta: float, alpha: float = 1.0) -> Tensor:
-    """CPO: -log sig(beta (log pi_w - log pi_l)) + alpha sft. Source: 2401.08417, eq. 3 to 5.
+    """CPO: -log sig(beta (log pi_w - log pi_l)) + alpha sft. Source: 2401.08417.
 
     The paper writes the likelihood term as a sum over tokens; the mean used here is what its
     authors' code and TRL compute.
@@ -254,6 +254,7 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "sft": sft,
 }
 REFERENCE_FREE = {"simpo", "orpo", "cpo", "sft"}  # no reference model is loaded
+NOISE_AWARE = {"cdpo", "robust", "exo_pair"}  # use the label noise a row may carry
 WHOLE_BATCH = {"aot", "aot_unpaired", "kto"}  # look across the batch: --microbatch must equal --batch
 
 

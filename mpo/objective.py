@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mpo.errors import InputError
-from mpo.losses import PREFERENCE_LOSSES, REFERENCE_FREE, WHOLE_BATCH, PairLogps, PreferenceLoss
+from mpo.losses import NOISE_AWARE, PREFERENCE_LOSSES, REFERENCE_FREE, WHOLE_BATCH, PairLogps, PreferenceLoss
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Objective:
     def whole_batch(self) -> bool:
         """True where a term compares pairs with each other."""
         return any(term.name in WHOLE_BATCH for term in self.terms)
+
+    @property
+    def uses_noise(self) -> bool:
+        """True where a term uses the label noise of a row."""
+        return any(term.name in NOISE_AWARE for term in self.terms)
 
     def losses(self, pairs: PairLogps) -> Tensor:
         """(B,): the objective of each pair."""

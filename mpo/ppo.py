@@ -15,20 +15,35 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
-    """Shift and scale to mean 0 and variance 1 over the mask; zero elsewhere."""
-    centred = (x - masked_mean(x, mask)) * mask
-    return centred * torch.rsqrt(masked_mean(centred**2, mask) + eps)
+def whiten(x: Tensor, mask: Tensor, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
+    """Shift and scale to mean 0 (or to the mean it had) and variance 1 over the mask; zero elsewhere."""
+    mean = masked_mean(x, mask)
+    centred = (x - mean) * mask
+    scaled = centred * torch.rsqrt(masked_mean(centred**2, mask) + eps)
+    return (scaled + mean) * mask if keep_mean else scaled
 
 
-def shape_rewards(score: Tensor, logp: Tensor, ref_logp: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Per-token rewards: -kl_coef * (log pi - log pi_ref), plus the score at the last token.
+def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
+    """Per-token estimate of KL(pi || ref) from the sampled token (Schulman 2020, "Approximating KL").
 
-    Source: 2203.02155, section 3.5. score (B,); the others and the result (B, R).
+    k1 = log pi - log ref: unbiased, may be negative. k2 = k1^2 / 2: biased, its gradient is not.
+    k3 = exp(-k1) - 1 + k1: unbiased and never negative.
+    """
+    k1 = logp - ref_logp
+    return {"k1": lambda: k1, "k2": lambda: k1**2 / 2, "k3": lambda: torch.exp(-k1) - 1 + k1}[kind]()
+
+
+def shape_rewards(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Per-token rewards: -kl_coef * kl, plus the score at the last token.
+
+    Source: 2203.02155, section 3.5. score (B,); kl, an estimate per token, and the result (B, R).
     """
     last = mask.sum(1) - 1
-    rewards = -kl_coef * (logp - ref_logp) * mask
+    rewards = -kl_coef * kl * mask
     return rewards.index_put((torch.arange(len(score)), last), score, accumulate=True)
+
+
+# --- advantages ---------------------------------------------------------------------------------
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -46,6 +61,63 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         running = (delta + gamma * lam * running) * mask[:, t]
         advantages[:, t], following = running, values[:, t]
     return advantages, (advantages + values) * mask
+
+
+def _groups(rewards: Tensor, group: int) -> Tensor:
+    """(B, R) -> (B/group, group): what each response earned in all; rows of a prompt stand together."""
+    return rewards.sum(1).view(-1, group)
+
+
+def _per_token(advantages: Tensor, mask: Tensor) -> Tensor:
+    """(B/group, group) -> (B, R): every token of a response has the response's advantage."""
+    return advantages.flatten()[:, None] * mask
+
+
+def rloo(rewards: Tensor, mask: Tensor, group: int) -> Tensor:
+    """Leave-one-out baseline: A_i = R_i - mean of the other responses' R. Source: 2402.14740."""
+    R = _groups(rewards, group)
+    return _per_token((R - R.mean(1, keepdim=True)) * group / (group - 1), mask)
+
+
+def grpo(rewards: Tensor, mask: Tensor, group: int) -> Tensor:
+    """Relative to the group: A_i = (R_i - mean R) / std R. Source: 2402.03300."""
+    R = _groups(rewards, group)
+    return _per_token((R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-4), mask)
+
+
+def dr_grpo(rewards: Tensor, mask: Tensor, group: int) -> Tensor:
+    """GRPO without the division by std: A_i = R_i - mean R. Source: 2503.20783."""
+    R = _groups(rewards, group)
+    return _per_token(R - R.mean(1, keepdim=True), mask)
+
+
+def reinforce_pp(rewards: Tensor, mask: Tensor, group: int) -> Tensor:
+    """REINFORCE++: the reward to come, whitened over the batch. Source: 2501.03262.
+
+    A_t = sum of rewards from t on: the score less the price of the KL still to come.
+    """
+    to_come = (rewards * mask).flip(1).cumsum(1).flip(1)
+    return whiten(to_come, mask)
+
+
+GROUP_ESTIMATORS = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo, "reinforce++": reinforce_pp}
+"""The rivals of `gae` that need no critic: (rewards, mask, group) -> advantages, (B, R)."""
+
+
+def token_weights(mask: Tensor, estimator: str, most: int) -> Tensor:
+    """(B, R) weights, by which the losses of a minibatch are summed; they make its average.
+
+    grpo: the mean of each response, then over responses (2402.03300). dr_grpo: the sum over
+    responses' tokens over B times the longest possible response (2503.20783). Else: over all tokens.
+    """
+    if estimator == "grpo":
+        return mask / mask.sum(1, keepdim=True) / len(mask)
+    if estimator == "dr_grpo":
+        return mask / (most * len(mask))
+    return mask / mask.sum()
+
+
+# --- losses ---------------------------------------------------------------------------------------
 
 
 def policy_losses(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, dict[str, Tensor]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpo import ppo
 from mpo.data.batches import Batch, make_batch
 from mpo.errors import InputError
 from mpo.logprobs import Comparison, compare
@@ -24,7 +25,7 @@ class Rollout:
 
     batch: Batch
     tokens: Comparison  # log-probs under policy and reference, exact KL, entropy: (B, R)
-    values: Tensor  # (B, R): the critic's, of the state before each response token
+    values: Tensor | None  # (B, R): the critic's, of the state before each response token
     scores: Tensor  # (B,): the reward model's, before any penalty
     finished: Tensor  # (B,): True where the response ends in EOS
 
@@ -39,7 +40,7 @@ def roll_out(
     policy: Llama,
     ref: Llama,
     rm: ScalarModel,
-    critic: ScalarModel,
+    critic: ScalarModel | None,
     prompts: Sequence[list[int]],
     sampling: Sampling,
     generator: torch.Generator,
@@ -49,14 +50,15 @@ def roll_out(
     Errors: InputError when the log-probs of sampling and of scoring differ by more than AGREE:
     then they are two different distributions and every ratio would be wrong.
     """
-    for model in (policy, ref, rm, critic):
+    for model in filter(None, (policy, ref, rm, critic)):
         model.eval()
     samples = generate(policy, prompts, sampling, generator)
     batch = make_batch(list(zip(prompts, samples.responses, strict=True)), sampling.pad)
     tokens = compare(policy, ref, batch, sampling.temperature)
     sampled = torch.cat([torch.tensor(x) for x in samples.logps])
     check_agreement(sampled, tokens.logp[tokens.mask], "sampling and scoring")
-    return Rollout(batch, tokens, state_values(critic, batch), score(rm, batch), torch.tensor(samples.finished))
+    values = None if critic is None else state_values(critic, batch)
+    return Rollout(batch, tokens, values, score(rm, batch), torch.tensor(samples.finished))
 
 
 def check_agreement(one: Tensor, other: Tensor, names: str) -> float:
@@ -68,3 +70,28 @@ def check_agreement(one: Tensor, other: Tensor, names: str) -> float:
             "must use the same weights, temperature and masks"
         )
     return worst
+
+
+def rollout_metrics(rollout: Rollout, advantages: Tensor, returns: Tensor | None) -> dict[str, float]:
+    """What to watch in PPO, over the whole rollout (docs/metrics.md)."""
+    t, mask = rollout.tokens, rollout.tokens.mask
+    k1, k3 = (ppo.kl_estimate(t.logp, t.ref_logp, kind) for kind in ("k1", "k3"))  # 0 where masked
+    length = mask.sum(1).float()
+    together = torch.stack((rollout.scores, length))
+    correlation = torch.corrcoef(together)[0, 1] if float(together.std(1).min()) > 0 else torch.zeros(())
+    metrics = {
+        "score": float(rollout.scores.mean()),
+        "score_std": float(rollout.scores.std()),
+        "kl_k1": float(k1.sum(1).mean()),
+        "kl_k3": float(k3.sum(1).mean()),
+        "kl_exact": float(t.kl.sum(1).mean()),
+        "entropy": float(ppo.masked_mean(t.entropy, mask)),
+        "length": float(length.mean()),
+        "eos_rate": float(rollout.finished.float().mean()),
+        "score_length_correlation": float(correlation),
+        "advantage_std": float(advantages[mask].std()),
+    }
+    if rollout.values is not None and returns is not None:
+        metrics["explained_variance"] = ppo.explained_variance(rollout.values, returns, mask)
+        metrics["return"] = float(ppo.masked_mean(returns, mask))
+    return metrics

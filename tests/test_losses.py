@@ -136,7 +136,7 @@ def test_ipo_is_smallest_where_the_difference_is_half_over_beta():
 
 
 def test_robust_is_unbiased_under_flipped_labels():
-    """E over a label that is wrong with probability e is DPO's loss on the right label (2403.00409, lemma 3.1)."""
+    """E over a label that is wrong with probability e is DPO's loss on the right label (2403.00409)."""
     p, e = pairs(), 0.2
     flipped = PairLogps(p.rejected, p.chosen, p.ref_rejected, p.ref_chosen, p.rejected_len, p.chosen_len)
     robust = PREFERENCE_LOSSES["robust"]
@@ -154,7 +154,7 @@ def test_exo_is_smallest_at_the_smoothed_label():
 
 @pytest.mark.parametrize("log_ratio", [-2.3714, 1.44012])
 def test_discopop_has_the_two_local_optima_of_its_paper(log_ratio):
-    """At beta = 0.05; between them the slope has the wrong sign, also at 0 (2406.08414, section 5)."""
+    """At beta = 0.05; between them the slope has the wrong sign, also at 0 (2406.08414)."""
     d = torch.tensor([log_ratio], dtype=torch.float64, requires_grad=True)
     zero, one = torch.zeros(1), torch.ones(1)
     PREFERENCE_LOSSES["discopop"](PairLogps(d, zero, zero, zero, one, one), 0.05).sum().backward()

@@ -12,7 +12,7 @@ from dataclasses import asdict
 import pytest
 
 from mpo.world import language
-from mpo.world.build import ANNOTATORS, WORLDS, Annotator, build, probe_sheet
+from mpo.world.build import ANNOTATORS, WORLDS, Annotator, build, flip_labels, probe_sheet
 from mpo.world.gold import BEST, gold_reward, prompt_kind
 from tests.conftest import ROOT
 
@@ -65,8 +65,9 @@ def test_an_answer_without_mistakes_is_nearly_the_best_and_each_mistake_costs(na
 @NAMES
 def test_rows_hold_no_gold_and_every_answer_is_of_the_world(name):
     for row in build(name, 1, 200, 4)["train"]:
-        assert set(asdict(row)) == {"id", "prompt", "chosen", "rejected", "domain", "margin"}
+        assert set(asdict(row)) == {"id", "prompt", "chosen", "rejected", "domain", "margin", "noise"}
         assert row.margin is None
+        assert row.noise is None
         assert row.chosen.startswith(" ")
         assert row.chosen != row.rejected
 
@@ -116,3 +117,15 @@ def test_no_training_stage_can_see_gold():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_flipped_labels_turn_that_share_of_pairs_round_and_nothing_else():
+    rows = build("hh", seed=1, train=400, test=8)["train"]
+    flipped = flip_labels("hh", 1, rows, 0.3)
+    turned = [a.chosen == b.rejected and a.rejected == b.chosen for a, b in zip(rows, flipped, strict=True)]
+    same = [a == b for a, b in zip(rows, flipped, strict=True)]
+    assert all(t != s for t, s in zip(turned, same, strict=True))
+    assert 90 <= sum(turned) <= 150  # 120 +- 3.3 standard deviations
+    assert flip_labels("hh", 1, rows, 0.0) == rows
+    assert flip_labels("hh", 1, rows, 0.3) == flipped
+    assert flip_labels("hh", 2, rows, 0.3) != flipped

@@ -1,0 +1,194 @@
+"""make ablate: a grid over variants and seeds, everything else the same; a row, a table, a figure.
+
+make ablate                                   every preference loss, three seeds
+make ablate GRID=estimators                   one of the grids below
+make ablate VARY=PPO_FLAGS VALUES="--clip 0.1,--clip 0.3" POLICY=mpo    any make variable
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from experiments import figures
+from experiments.grid import Cell, make, read_results, run_cells
+from experiments.statistics import column, contrast, difference, hierarchical_bootstrap, win
+from mpo.artifacts import write_text
+from mpo.config import parse, run_plain
+from mpo.errors import InputError
+from mpo.losses import PREFERENCE_LOSSES
+from mpo.ppo import GROUP_ESTIMATORS
+from mpo.reporting import interval, percent, table
+
+Variables = dict[str, str]
+
+# Constants for losses on another scale than log-ratios summed over tokens: means per token are some
+# twenty times smaller, so that beta has to be as much larger.
+LOSS_FLAGS = {"ipo_mean": "ipo_mean:beta=10", "simpo": "simpo:beta=10"}
+
+# name -> (the policy that is trained, {variant: make variables}); the first variant is what others are compared to
+GRIDS: dict[str, tuple[str, dict[str, Variables]]] = {
+    "losses": ("dpo", {name: {"LOSS": LOSS_FLAGS.get(name, name)} for name in PREFERENCE_LOSSES if name != "sft"}),
+    "sums": ("dpo", {loss: {"LOSS": loss} for loss in ("sigmoid", "sigmoid+0.1*sft", "0.8*sigmoid+0.2*bco_pair+sft")}),
+    "estimators": (
+        "mpo",
+        {"gae": {}}
+        | {name: {"PPO_FLAGS": f"--advantage {name} --group 4"} for name in GROUP_ESTIMATORS}
+        | {"grpo, k3 in loss": {"PPO_FLAGS": "--advantage grpo --group 4 --kl_in loss --kl_estimator k3"}},
+    ),
+    "kl": (
+        "mpo",
+        {
+            "k1 in reward": {},
+            "exact in reward": {"PPO_FLAGS": "--kl_estimator exact"},
+            "k3 in reward": {"PPO_FLAGS": "--kl_estimator k3"},
+            "k2 in loss": {"PPO_FLAGS": "--kl_in loss --kl_estimator k2"},
+            "k3 in loss": {"PPO_FLAGS": "--kl_in loss --kl_estimator k3"},
+            "exact in loss": {"PPO_FLAGS": "--kl_in loss --kl_estimator exact"},
+            "adaptive": {"PPO_FLAGS": "--kl_target 1"},
+            "moving reference": {"PPO_FLAGS": "--ref_rate 0.1"},
+            "whitened rewards": {"PPO_FLAGS": "--whiten_rewards true"},
+        },
+    ),
+    "split": (
+        "mpo",
+        {
+            "quantile 0.5": {},
+            "gamma 0.5": {"SPLIT_FLAGS": "--gamma 0.5"},
+            "contradicted dropped": {"SPLIT_FLAGS": "--contradicted drop"},
+            "contradicted flipped": {"SPLIT_FLAGS": "--contradicted flip"},
+            "all smoothed": {
+                "SPLIT_FLAGS": "--easy smooth --hard smooth --contradicted smooth",
+                "LOSS": "cdpo",
+                "POLICY": "dpo",
+            },
+        },
+    ),
+    "reward": (
+        "mpo",
+        {
+            "bradley-terry": {},
+            "smoothing 0.1": {"RM_FLAGS": "--label_smoothing 0.1"},
+            "centring 0.01": {"RM_FLAGS": "--centring 0.01"},
+        },
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblateConfig:
+    """A grid over variants and seeds; a row a finished cell, then a table and a figure."""
+
+    grid: str = "losses"  # one of the grids of experiments/ablate.py; ignored with --vary
+    vary: str = ""  # a make variable, such as LOSS or PPO_FLAGS, to vary instead
+    values: str = ""  # its values, separated by commas
+    policy: str = ""  # the policy to train; as the grid says where empty
+    task: Literal["hh", "tldr"] = "hh"  # which world
+    seeds: str = "1,2,3"  # separated by commas
+    make: str = ""  # further make variables for every cell, separated by semicolons: QUICK=1;DPO_FLAGS=--lr 1e-4
+    prompts: int = 400  # held-out prompts of the evaluation
+    jobs: int = 0  # runs at a time; 0: one a core
+    out: str = "runs/ablate"  # where runs, rows, table and figure go
+
+
+def variants_of(config: AblateConfig) -> tuple[str, str, dict[str, Variables]]:
+    """The grid's name, its policy and its variants."""
+    if config.vary:
+        values = [v.strip() for v in config.values.split(",") if v.strip()]
+        if len(values) < 2:
+            raise InputError(f"--values {config.values!r}: expected two or more values of {config.vary}, by commas")
+        return config.vary, config.policy or "dpo", {value: {config.vary: value} for value in values}
+    if config.grid not in GRIDS:
+        raise InputError(f"--grid {config.grid}: expected one of {', '.join(GRIDS)}, or --vary")
+    policy, variants = GRIDS[config.grid]
+    return config.grid, config.policy or policy, variants
+
+
+def common_variables(text: str) -> Variables:
+    """ "QUICK=1;DPO_FLAGS=--lr 1e-4" -> {"QUICK": "1", "DPO_FLAGS": "--lr 1e-4"}"""
+    found = {}
+    for part in filter(None, text.split(";")):
+        name, equals, value = part.partition("=")
+        if not equals:
+            raise InputError(f"--make {text}: expected VARIABLE=value;VARIABLE=value")
+        found[name.strip()] = value
+    return found
+
+
+def cells_of(config: AblateConfig) -> list[Cell]:
+    """All cells, seed by seed; the runs of a seed share every stage that does not differ."""
+    grid, policy, variants = variants_of(config)
+    common, out = common_variables(config.make), Path(config.out)
+    cells = []
+    for seed in map(int, config.seeds.split(",")):
+        base = out / f"{config.task}-{seed}"
+        for i, (variant, own) in enumerate(variants.items()):
+            variables = common | own
+            trained = variables.pop("POLICY", policy)
+            run = str(out / f"{grid}-{config.task}-{seed}-{i}")
+            cell = (grid, config.task, seed, variant, trained, run, str(base), variables, config.prompts)
+            cells.append(Cell(*cell))
+    return cells
+
+
+def shared_stages(cells: Sequence[Cell], common: Variables) -> None:
+    """Train what the runs of a seed share, up to the split, before they start."""
+    for source in dict.fromkeys(cell.source for cell in cells):
+        cell = next(c for c in cells if c.source == source)
+        base = Cell(cell.grid, cell.task, cell.seed, "", "split", source, "", common)
+        make(base, "policy-split", Path(source) / "logs" / "split.log")
+
+
+def summary(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> str:
+    """The table: gold with its interval, the difference to the first variant, KL, form, collapses."""
+    by_variant = {v: [r for r in rows if r["variant"] == v] for v in variants}
+    by_variant = {v: mine for v, mine in by_variant.items() if mine}
+    first, lines = next(iter(by_variant)), []
+    reference = column(by_variant[first], "golds")
+    for variant, mine in by_variant.items():
+        golds = column(mine, "golds")
+        found = contrast(difference(golds, reference))
+        lines.append(
+            [
+                variant,
+                str(len(mine)),
+                interval(hierarchical_bootstrap(golds)),
+                "-" if variant == first else interval(found.interval),
+                "-" if variant == first else percent(hierarchical_bootstrap(win(golds, reference))),
+                f"{np.mean([r['reward'] for r in mine]):.2f}",
+                f"{np.mean([r['kl'] for r in mine]):.2f}",
+                f"{np.mean([r['words'] for r in mine]):.0f}",
+                f"{100 * np.mean([r['eos'] for r in mine]):.0f}",
+            ]
+        )
+    header = ["variant", "seeds", "gold", f"less {first}", f"win vs {first} %", "RM", "KL to SFT", "words", "EOS %"]
+    return table(header, lines)
+
+
+def main(config: AblateConfig) -> int:
+    """Run what is missing; then print and write the table, and draw the figure."""
+    cells = cells_of(config)
+    grid, _, variants = variants_of(config)
+    results = Path(config.out) / f"{grid}-{config.task}.jsonl"
+    shared_stages(cells, common_variables(config.make))
+    failed = run_cells(cells, results, config.jobs or os.cpu_count() or 1)
+    keys = {cell.key for cell in cells}
+    rows = [r for r in read_results(results) if (r["grid"], r["task"], r["seed"], r["variant"], r["policy"]) in keys]
+    if rows:
+        page = results.with_suffix(".md")
+        text = summary(rows, list(variants))
+        write_text(page, text + "\n")
+        print(f"\n{text}\n\nrows: {results}\ntable: {page}")
+        if figures.ablation(rows, list(variants), results.with_suffix(".png")):
+            print(f"figure: {results.with_suffix('.png')}")
+    return failed
+
+
+if __name__ == "__main__":
+    run_plain(lambda argv: sys.exit(main(parse(AblateConfig, argv)) > 0))

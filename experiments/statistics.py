@@ -1,0 +1,85 @@
+"""Contrasts of methods over seeds and prompts, as docs/protocol.md defines them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpo.evaluation import Interval, wins
+
+Values = Mapping[int, NDArray[np.float64]]
+"""Seed -> one value per prompt (or a single one)."""
+
+DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The mean of a paired difference, its 95 % interval, and its mean on each seed."""
+
+    interval: Interval
+    per_seed: dict[int, float]
+
+    @property
+    def verdict(self) -> str:
+        """holds, fails or open: where the interval lies."""
+        _, low, high = self.interval
+        return "holds" if low > 0 else "fails" if high < 0 else "open"
+
+
+def hierarchical_bootstrap(values: Values, seed: int = 0, draws: int = DRAWS) -> Interval:
+    """Mean over seeds and prompts, with a 95 % interval that resamples seeds and, within each, its prompts."""
+    groups = list(values.values())
+    rng = np.random.default_rng(seed)
+    total = np.zeros(draws)
+    for _ in groups:
+        chosen = rng.integers(0, len(groups), draws)
+        for i, group in enumerate(groups):
+            at = np.flatnonzero(chosen == i)
+            total[at] += group[rng.integers(0, len(group), (len(at), len(group)))].mean(1)
+    low, high = np.quantile(total / len(groups), (0.025, 0.975))
+    return float(np.mean([g.mean() for g in groups])), float(low), float(high)
+
+
+def contrast(values: Values) -> Contrast:
+    """The contrast of paired differences."""
+    return Contrast(hierarchical_bootstrap(values), {seed: float(v.mean()) for seed, v in values.items()})
+
+
+def column(rows: Sequence[Mapping[str, Any]], name: str) -> Values:
+    """One column of a method's rows, by seed: "golds", "rewards" or "kls"."""
+    return {row["seed"]: np.asarray(row[name], dtype=np.float64) for row in rows}
+
+
+def difference(ours: Values, theirs: Values) -> Values:
+    """Ours less theirs, prompt by prompt, on the seeds that both have."""
+    return {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+
+
+def win(ours: Values, theirs: Values) -> Values:
+    """1 where ours is higher, 1/2 for a tie, prompt by prompt, on the seeds that both have."""
+    return {seed: wins(ours[seed], theirs[seed]) for seed in ours if seed in theirs}
+
+
+def path(
+    row: Mapping[str, Any], before: Sequence[tuple[float, float]], name: str = "gold"
+) -> list[tuple[float, float]]:
+    """(KL, gold) points from SFT to the final policy, in the order of training.
+
+    `before`: the points of what the last stage started from, SFT's first.
+    """
+    kept = [(p["kl"], p[name]) for _, p in sorted(row["path"].items(), key=lambda item: int(item[0]))]
+    return [*before, *kept, (row["kl"], row[name])]
+
+
+def at_kl(points: Sequence[tuple[float, float]], kl: float) -> float:
+    """Gold where a path first reaches this KL, between points linearly; its end where it never does."""
+    for (kl_a, gold_a), (kl_b, gold_b) in itertools.pairwise(points):
+        if kl_a <= kl <= kl_b and kl_b > kl_a:
+            return gold_a + (gold_b - gold_a) * (kl - kl_a) / (kl_b - kl_a)
+    return points[-1][1]

@@ -1,0 +1,124 @@
+"""The learning half of PPO: minibatch updates of policy and critic on one rollout."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpo import ppo
+from mpo.config import PPOConfig
+from mpo.logprobs import compare, response_logprobs
+from mpo.model import Llama, ScalarModel
+from mpo.randomness import generator
+from mpo.rollout import Rollout, check_agreement, state_values
+from mpo.training import learning_rate, optimiser_step
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an update learns from: a rollout, its advantages and (for a critic) its returns, (B, R)."""
+
+    rollout: Rollout
+    advantages: Tensor
+    returns: Tensor | None
+    kl_coef: float  # the price of KL, where it is part of the loss
+
+
+@dataclass(frozen=True)
+class Critic:
+    """The value model with its optimiser."""
+
+    model: ScalarModel
+    optimiser: torch.optim.AdamW
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What learns (policy and, for GAE, critic), and the reference it is held to."""
+
+    policy: Llama
+    optimiser: torch.optim.AdamW
+    ref: Llama
+    critic: Critic | None
+
+
+def policy_terms(
+    learner: Learner, data: Update, index: Tensor, first: bool, config: PPOConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The policy's loss per token (b, R) on some rows of the rollout, with metrics.
+
+    `first`: no weight has changed since the rollout, so its log-probs must come out again and every
+    ratio be 1.
+    """
+    batch = data.rollout.batch.rows(index)
+    R = int(batch.response_len.max())
+    old = data.rollout.tokens
+    mask, old_logp, ref_logp = old.mask[index, :R], old.logp[index, :R], old.ref_logp[index, :R]
+    in_loss = config.kl_in == "loss"
+    if in_loss and config.kl_estimator == "exact":
+        tokens = compare(learner.policy, learner.ref, batch, config.temperature)
+        logp, kl = tokens.logp, tokens.kl
+    else:
+        logp = response_logprobs(learner.policy, batch, config.temperature).logp
+        kl = ppo.kl_estimate(logp, ref_logp, config.kl_estimator) if in_loss else torch.zeros_like(logp)
+    if first:
+        check_agreement(logp.detach()[mask], old_logp[mask], "the rollout and its first update")
+    losses, metrics = ppo.policy_losses(logp, old_logp, data.advantages[index, :R], config.clip)
+    metrics["policy_loss"] = losses.detach()
+    return losses + data.kl_coef * kl, metrics
+
+
+def value_terms(critic: Critic, data: Update, index: Tensor, config: PPOConfig) -> Tensor:
+    """The critic's loss per token (b, R) on some rows of the rollout."""
+    batch = data.rollout.batch.rows(index)
+    R = int(batch.response_len.max())
+    assert data.rollout.values is not None
+    assert data.returns is not None
+    old_values, returns = data.rollout.values[index, :R], data.returns[index, :R]
+    return ppo.value_losses(state_values(critic.model, batch), old_values, returns, config.value_clip)
+
+
+def accumulate(
+    learner: Learner, data: Update, index: Tensor, weights: Tensor, first: bool, config: PPOConfig
+) -> dict[str, float]:
+    """Add the gradient of one microbatch; `weights` (b, R) are its tokens' shares of the minibatch's mean.
+
+    Returns metrics summed with the same weights.
+    """
+    total, metrics = policy_terms(learner, data, index, first, config)
+    if learner.critic:  # shares no weights with the policy, so one backward serves both
+        value_losses = value_terms(learner.critic, data, index, config)
+        metrics["value_loss"] = value_losses.detach()
+        total = total + value_losses
+    weights = weights[:, : total.shape[1]]
+    (total * weights).sum().backward()
+    return {name: float((value * weights).sum()) for name, value in metrics.items()}
+
+
+def update(learner: Learner, data: Update, iteration: int, config: PPOConfig) -> dict[str, float]:
+    """`epochs` passes over a rollout in minibatches; returns metrics averaged over the steps."""
+    learner.policy.train()
+    if learner.critic:
+        learner.critic.model.train()
+    share = learning_rate(iteration, config.iterations, 1.0, config.warmup, config.final_lr)
+    policy_lr = 0.0 if learner.critic and iteration < config.critic_warmup else share * config.lr
+    mask = data.rollout.tokens.mask
+    sums: Counter[str] = Counter()  # of floats
+    steps = 0
+    for epoch in range(config.epochs):
+        order = torch.randperm(config.batch, generator=generator(config.seed, f"minibatches/{iteration}", epoch))
+        for chosen in order.split(config.minibatch):
+            weights = ppo.token_weights(mask[chosen], config.advantage, config.max_new)
+            for index, part in zip(chosen.split(config.microbatch), weights.split(config.microbatch), strict=True):
+                metrics = accumulate(learner, data, index, part, steps == 0, config)
+                sums.update({name: value / float(weights.sum()) for name, value in metrics.items()})
+            norms = {"policy_grad_norm": optimiser_step(learner.optimiser, learner.policy, policy_lr, config.grad_clip)}
+            if critic := learner.critic:
+                lr = share * config.critic_lr
+                norms["critic_grad_norm"] = optimiser_step(critic.optimiser, critic.model, lr, config.grad_clip)
+            sums.update(norms)
+            steps += 1
+    return {name: value / steps for name, value in sums.items()}

@@ -1,0 +1,53 @@
+"""The statistics of the claims, by hand and by simulation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from experiments.statistics import at_kl, column, contrast, difference, hierarchical_bootstrap, path, win
+
+
+def test_the_mean_weighs_seeds_alike_and_a_constant_has_no_interval():
+    values = {1: np.array([1.0, 3.0]), 2: np.array([5.0, 5.0, 5.0, 5.0])}
+    assert hierarchical_bootstrap(values)[0] == 3.5
+    assert hierarchical_bootstrap({1: np.full(9, 0.2), 2: np.full(9, 0.2)}) == pytest.approx((0.2, 0.2, 0.2))
+
+
+def test_the_interval_counts_both_seeds_and_prompts():
+    """Standard error of the mean of 5 seeds with variance 4, of 100 prompts each with variance 100:
+    sqrt((4 + 100/100) / 5) = 1; the interval's half-width, on average over worlds, is near 1.96 of it
+    (a little less: five seeds resampled show 4/5 of their variance)."""
+    rng = np.random.default_rng(3)
+    widths = []
+    for trial in range(60):
+        centres = rng.normal(0, 2, 5)
+        values = {s: rng.normal(c, 10, 100) for s, c in enumerate(centres)}
+        _, low, high = hierarchical_bootstrap(values, seed=trial, draws=1000)
+        widths.append((high - low) / 2)
+    assert 1.5 < np.mean(widths) < 2.1
+
+
+def test_verdicts():
+    sure = {s: np.array([1.0, 1.1, 0.9]) for s in range(5)}
+    assert contrast(sure).verdict == "holds"
+    assert contrast({s: -v for s, v in sure.items()}).verdict == "fails"
+    assert contrast({s: v * (1 if s % 2 else -1) for s, v in sure.items()}).verdict == "open"
+    assert contrast(sure).per_seed[3] == pytest.approx(1.0)
+
+
+def test_pairs_are_by_seed_and_prompt():
+    ours = column([{"seed": 1, "golds": [1, 2]}, {"seed": 2, "golds": [5, 5]}], "golds")
+    theirs = column([{"seed": 1, "golds": [1, 0]}], "golds")
+    assert difference(ours, theirs)[1].tolist() == [0, 2]
+    assert win(ours, theirs)[1].tolist() == [0.5, 1.0]
+    assert list(difference(ours, theirs)) == [1]
+
+
+def test_a_path_and_gold_at_a_kl():
+    row = {"kl": 2.0, "gold": 1.0, "path": {"160": {"kl": 1.5, "gold": 2.0}, "80": {"kl": 1.0, "gold": 1.5}}}
+    points = path(row, [(0.0, 0.5)])
+    assert points == [(0.0, 0.5), (1.0, 1.5), (1.5, 2.0), (2.0, 1.0)]
+    assert at_kl(points, 0.5) == pytest.approx(1.0)
+    assert at_kl(points, 1.75) == pytest.approx(1.5)
+    assert at_kl(points, 9.0) == 1.0
