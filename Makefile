@@ -6,7 +6,7 @@
 #   make data/hh-rlhf       download the official HH-RLHF files
 #   make ablate             compare losses, estimators, splits ... over seeds (GRID, VARY, VALUES, SEEDS)
 #   make claims             the paper's claims put to the test: hours (docs/protocol.md); REDUCED=1: minutes
-#   make test | make lint | make setup | make clean
+#   make test | make parity | make lint | make setup | make clean
 #
 # Variables:
 #   DATA    builtin, a folder in the task's official layout, or a row file (.jsonl, .jsonl.gz)
@@ -34,7 +34,7 @@ PIP    ?= .venv/bin/pip --disable-pip-version-check
 PY     := .venv/bin/python
 DONE   := manifest.json
 
-.PHONY: hh tldr pipeline chat report ablate claims setup test lint clean FORCE
+.PHONY: hh tldr pipeline chat report ablate claims setup test parity lint clean FORCE
 .DELETE_ON_ERROR:
 
 hh tldr:
@@ -148,8 +148,15 @@ setup: .venv/.dev
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+.venv/.parity: .venv/.dev
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[parity]'
+	@touch $@
+
 test: .venv/.dev
 	$(PY) -m pytest
+
+parity: .venv/.parity
+	$(PY) -m pytest tests/test_trl.py
 
 lint: .venv/.dev
 	$(PY) -m ruff format --check .

@@ -35,10 +35,10 @@ class ClaimsConfig:
 def tuning_cells(plan: Plan, task: str, method: str, settings: dict[str, str]) -> Iterator[Cell]:
     """The trials of one method: runs that share all but its last stage, made once in the base run."""
     base, first, prompts = plan.base_run(task, plan.tuning_seed), FIRST_STAGE.get(method, "sft"), plan.prompts
-    flags = plan.make_variables(settings)
+    flags = plan.make_variables(settings, first)
     yield Cell("tune", task, plan.tuning_seed, "", first, base, "", flags, prompts)
     for i, trial in enumerate(TRIALS[TUNED[method]][: plan.trials]):
-        run, flags = f"{plan.root}/tune/{task}-{method}-{i}", plan.make_variables(settings | {method: trial})
+        run, flags = f"{plan.root}/tune/{task}-{method}-{i}", plan.make_variables(settings | {method: trial}, method)
         yield Cell("tune", task, plan.tuning_seed, trial, method, run, base, flags, prompts)
 
 
@@ -73,7 +73,7 @@ def grid_cells(plan: Plan, grid: str) -> list[Cell]:
     cells = []
 
     def add(task: str, seed: int, variant: str, method: str, run: str, source: str, more: dict[str, str]) -> None:
-        flags = plan.make_variables(tuned[task]) | more
+        flags = plan.make_variables(tuned[task], method) | more
         cells.append(Cell(grid, task, seed, variant, method, run, source, flags, plan.prompts))
 
     for seed, task in product(plan.seeds, plan.tasks):

@@ -21,6 +21,7 @@ from typing import Any
 
 from mpo.artifacts import read_json
 from mpo.data.rows import read_jsonl
+from mpo.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = 400
@@ -45,15 +46,38 @@ class Cell:
         """What tells this cell's row from all others."""
         return self.grid, self.task, self.seed, self.variant, self.policy
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """What this cell's result depends on besides its key: kept in its row."""
+        return {"prompts": str(self.prompts)} | dict(self.variables)
+
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The rows of a results file, [] where there is none."""
     return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
+def finished(cells: Sequence[Cell], results: Path) -> set[tuple[str, str, int, str, str]]:
+    """The keys of the cells that have a row.
+
+    Errors: InputError where a row was made with other flags than its cell has now.
+    """
+    rows = {tuple(row[k] for k in ("grid", "task", "seed", "variant", "policy")): row for row in read_results(results)}
+    done = set()
+    for cell in cells:
+        if row := rows.get(cell.key):
+            now, then = cell.settings, row["settings"]
+            if now != then:
+                other = {k: (then.get(k), now.get(k)) for k in now | then if then.get(k) != now.get(k)}
+                name = " ".join(map(str, cell.key))
+                raise InputError(f"{results}: {name} was run with other flags (then, now): {other}; move the file away")
+            done.add(cell.key)
+    return done
+
+
 def run_cells(cells: Sequence[Cell], results: Path, jobs: int) -> int:
     """Run every cell that has no row yet, `jobs` run folders at a time; returns how many failed."""
-    done = {tuple(row[k] for k in ("grid", "task", "seed", "variant", "policy")) for row in read_results(results)}
+    done = finished(cells, results)
     waiting: dict[str, list[Cell]] = {}
     for cell in cells:
         if cell.key not in done:
@@ -97,9 +121,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     flags |= {"seed": str(cell.seed), "prompts": str(cell.prompts)}
     flags["policies"] = ",".join(f"{name}={path}" for name, path in policies.items())
     _call([sys.executable, "eval.py", *(part for k, v in flags.items() for part in (f"--{k}", v))], log)
-    return {"grid": cell.grid, "task": cell.task, "seed": cell.seed, "variant": cell.variant} | row_of(
-        ROOT / evaluated, cell.policy, folder
-    )
+    key = {"grid": cell.grid, "task": cell.task, "seed": cell.seed, "variant": cell.variant}
+    return key | row_of(ROOT / evaluated, cell.policy, folder) | {"settings": cell.settings}
 
 
 def make(cell: Cell, targets: str, log: Path) -> None:

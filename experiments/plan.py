@@ -89,13 +89,14 @@ class Plan:
         """The run folder of the main grid, whose stages the tuning and the sweeps share."""
         return f"{self.root}/{task}-{seed}"
 
-    def make_variables(self, settings: Mapping[str, str]) -> dict[str, str]:
-        """The budgets for every stage, and each folder's tuned flags."""
+    def make_variables(self, settings: Mapping[str, str], method: str) -> dict[str, str]:
+        """The budgets for every stage, and the tuned flags of the folders that lead to a method."""
         found = {"DPO_FLAGS": self.dpo_unit, "PPO_FLAGS": self.ppo_unit} | dict(self.variables)
-        everything = dict(settings) | {
-            name: f"{settings[of]} {more}".strip() for name, (of, more) in self.inherited.items() if of in settings
-        }
-        return found | {f"{name}_FLAGS": flags for name, flags in everything.items()}
+        for name in filter(None, (FIRST_STAGE.get(method), method)):
+            of, more = self.inherited.get(name, (name, ""))
+            if of in settings:
+                found[f"{name}_FLAGS"] = f"{settings[of]} {more}".strip()
+        return found
 
 
 FULL = Plan()

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
 
+import train_dpo
+from mpo import losses
+from mpo.artifacts import read_json
+from mpo.checkpoint import save_model
+from mpo.config import DPOConfig, parse
+from mpo.data.rows import write_rows
+from mpo.losses import PREFERENCE_LOSSES
 from mpo.world import hh
-from mpo.world.build import ANNOTATORS, NEAR
+from mpo.world.build import ANNOTATORS, NEAR, build
 from mpo.world.gold import BEST, WORST
-from tests.conftest import ROOT
+from tests.conftest import ROOT, small_model
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -45,3 +53,34 @@ def test_every_make_variable_in_the_docs_exists():
     page = (ROOT / "docs" / "pipeline.md").read_text()
     for name in re.findall(r"`([A-Z]+(?:_FLAGS)?)(?:=1)?`", page):
         assert re.search(rf"\b{name}\b", makefile), name
+
+
+def test_the_losses_page_names_every_loss_with_its_constants():
+    page = (ROOT / "docs" / "losses.md").read_text()
+    for name, loss in PREFERENCE_LOSSES.items():
+        constants = [p for p in inspect.signature(loss).parameters.values() if p.name not in ("pairs", "beta")]
+        row = re.search(rf"^\| {name} \|.*$", page, re.MULTILINE)
+        assert row, name
+        for constant in constants:
+            assert f"{constant.name}={constant.default:g}" in row[0], name
+
+
+def test_your_own_loss_in_five_lines(tmp_path, monkeypatch, tokenizer):
+    """The page's example, run as written: registered, parsed with a constant and a sum, trained with."""
+    page = (ROOT / "docs" / "losses.md").read_text()
+    example = re.search(r"## Add your own loss in five lines.*?```python\n(.*?)```", page, re.DOTALL)[1]
+    assert len([line for line in example.splitlines() if line.strip()]) <= 5
+    monkeypatch.setattr("mpo.losses.PREFERENCE_LOSSES", dict(PREFERENCE_LOSSES))
+    monkeypatch.setattr("mpo.objective.PREFERENCE_LOSSES", losses.PREFERENCE_LOSSES)
+    exec(compile(example, "docs/losses.md", "exec"), {})
+    model = small_model(vocab_size=tokenizer.size, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    save_model(tmp_path / "model", model)
+    tokenizer.save(tmp_path / "model")
+    write_rows(tmp_path / "rows.jsonl", build("hh", seed=3, train=16, test=4)["train"])
+    flags = {"data": tmp_path / "rows.jsonl", "model": tmp_path / "model", "out": tmp_path / "out"}
+    flags |= {"loss": "anchored:weight=0.2+0.1*sft", "batch": 4, "microbatch": 4, "lr": 1e-2}
+    train_dpo.main(parse(DPOConfig, [f"--{name}={value}" for name, value in flags.items()]))
+    results = read_json(tmp_path / "out" / "manifest.json")["results"]
+    assert results["steps"] == 3
+    # log-ratios are 0 before the first step: ln 2, no penalty, and a tenth of a likelihood above 0
+    assert results["first_loss"] > 0.6931
