@@ -109,6 +109,84 @@ def test_tldr_runs_too(tmp_path):
     assert "TL;DR:" in (tmp_path / "eval" / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--loss simpo:beta=10+0.1*sft",  # without a reference
+        "--loss kto --steps 3 --keep 2",
+        "--loss 0.8*ipo_mean+0.2*bco_pair --microbatch 4",
+    ],
+)
+def test_dpo_variants(hh_run, tmp_path, flags):
+    out, rows = tmp_path / "out", hh_run / "split" / "pairs.jsonl"
+    run_script("train_dpo.py", "--data", rows, "--model", hh_run / "sft", "--out", out, *SMALL, *flags.split())
+    kept = [p.name for p in sorted(out.glob("step-*/model.safetensors"))]
+    assert len(kept) == (2 if "--keep 2" in flags else 0)
+    assert read_json(out / "manifest.json")["results"]["steps"] >= 3
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--advantage rloo --group 2",
+        "--advantage grpo --group 4 --kl_in loss --kl_estimator k3",
+        "--advantage dr_grpo --group 4 --kl_in loss --kl_estimator exact",
+        "--advantage reinforce++ --ref_rate 1",
+        "--whiten_rewards true --clip_score 1 --kl_estimator exact --limit 10 --kl_target 1 --keep 1",
+    ],
+)
+def test_ppo_variants(hh_run, tmp_path, flags):
+    out = tmp_path / "out"
+    models = ("--model", hh_run / "dpo", "--ref", hh_run / "sft", "--rm", hh_run / "rm")
+    sizes = ("--iterations", 2, "--batch", 8, "--minibatch", 4, "--microbatch", 2, "--max_new", 10, "--threads", 1)
+    prompts = ("--prompts", hh_run / "split" / "prompts.jsonl")
+    warmup = ("--critic_warmup", 0)
+    run_script("train_ppo.py", *prompts, *models, "--out", out, *sizes, *warmup, *flags.split())
+    first, second = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    assert ("explained_variance" in first) == ("--advantage" not in flags)
+    assert first["ratio"] == pytest.approx(1, abs=0.05)
+    assert first["policy_grad_norm"] > 0
+    if "--ref_rate" in flags:  # the reference has become the policy
+        assert first["kl_exact"] > 1e-4
+        assert second["kl_exact"] == pytest.approx(0, abs=1e-6)
+
+
+def test_an_ensemble_splits_by_its_doubt(hh_run, tmp_path):
+    data = ("--data", hh_run / "data")
+    flags = ("--label_smoothing", 0.1, "--centring", 0.01, "--epochs", 0.5, "--seed", 2, *SMALL)
+    run_script("train_rm.py", *data, "--model", hh_run / "sft", "--out", tmp_path / "rm-2", *flags)
+    rms = f"{hh_run / 'rm'},{tmp_path / 'rm-2'}"
+    uses = ("--easy", "smooth", "--contradicted", "flip", "--hard", "drop")
+    out = tmp_path / "split"
+    run_script("split_data.py", *data, "--rm", rms, "--by", "uncertainty", *uses, "--out", out)
+    scores = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert all(len(s["gaps"]) == 2 for s in scores)
+    for s in scores:  # the mean over its standard error, |difference| / 2, decides
+        mean, doubt = sum(s["gaps"]) / 2, abs(s["gaps"][0] - s["gaps"][1]) / 2
+        s["z"] = mean / doubt
+    gamma = read_json(out / "manifest.json")["results"]["gamma"]
+    assert all((s["part"] == "easy") == (s["z"] >= gamma) for s in scores if abs(abs(s["z"]) - gamma) > 0.05)
+    pairs = read_rows(out / "pairs.jsonl")
+    assert {r.noise is not None for r in pairs} == {True, False}  # smoothed easy ones, flipped contradicted ones
+    done = run_script(
+        "train_dpo.py", "--data", out / "pairs.jsonl", "--model", hh_run / "sft", "--out", tmp_path / "d", expect=2
+    )
+    assert "carry label noise, which --loss sigmoid ignores" in done.stderr
+    cdpo = ("--loss", "cdpo", *SMALL)
+    run_script("train_dpo.py", "--data", out / "pairs.jsonl", "--model", hh_run / "sft", "--out", tmp_path / "d", *cdpo)
+
+
+def test_a_linked_stage_is_never_written_through(hh_run, tmp_path):
+    """`make hh FROM=...` links folders; a stage that is redone gets one of its own."""
+    (tmp_path / "dpo").symlink_to(hh_run / "dpo")
+    before = weights(hh_run)["dpo"]
+    data = ("--data", hh_run / "split" / "pairs.jsonl", "--model", hh_run / "sft")
+    run_script("train_dpo.py", *data, "--out", tmp_path / "dpo", "--overwrite", "true", "--steps", 1, *SMALL)
+    assert not (tmp_path / "dpo").is_symlink()
+    assert weights(hh_run)["dpo"] == before
+    assert sha256(tmp_path / "dpo" / "model.safetensors") != before
+
+
 def test_chat_answers(hh_run):
     command = [sys.executable, "chat.py", "--model", str(hh_run / "mpo"), "--max_new", "5"]
     done = subprocess.run(command, cwd=ROOT, input="Hi there.\n\nBye.\n", capture_output=True, text=True, check=True)
@@ -140,6 +218,23 @@ def test_sft_starts_from_a_real_checkpoint(hh_run, tmp_path):
             ["--prompts", "x", "--model", "x", "--ref", "x", "--rm", "x", "--temperature", "0"],
             "--temperature",
         ),
+        (
+            "train_ppo.py",
+            ["--prompts", "x", "--model", "x", "--ref", "x", "--rm", "x", "--advantage", "rloo"],
+            "set --group to 2",
+        ),
+        (
+            "train_dpo.py",
+            ["--data", "{run}/split/easy.jsonl", "--model", "{run}/sft", "--loss", "aot", "--microbatch", "8"],
+            "set --microbatch to --batch",
+        ),
+        (
+            "train_dpo.py",
+            ["--data", "{run}/split/easy.jsonl", "--model", "{run}/sft", "--loss", "simpo", "--ref", "{run}/sft"],
+            "needs no reference",
+        ),
+        ("split_data.py", ["--data", "{run}/data", "--rm", "{run}/rm", "--by", "uncertainty"], "two or more reward"),
+        ("prepare_data.py", ["--data", "x.jsonl", "--noise", "0.1"], "--noise 0.1"),
         ("prepare_data.py", ["--data", "{run}/eval"], "expected the layout of HH-RLHF"),
     ],
 )

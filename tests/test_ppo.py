@@ -7,7 +7,9 @@ import math
 import pytest
 import torch
 
+import train_ppo
 from mpo import ppo
+from tests.conftest import small_model
 
 MASK = torch.tensor([[True, True, True, True], [True, True, False, False], [True, False, False, False]])
 
@@ -176,3 +178,11 @@ def test_explained_variance():
     mask = torch.tensor([[True, True, True, False]])
     assert ppo.explained_variance(returns, returns, mask) == pytest.approx(1.0)
     assert ppo.explained_variance(torch.full((1, 4), 2.0), returns, mask) == pytest.approx(0.0)
+
+
+def test_the_reference_follows_the_policy():
+    ref, policy = small_model(1), small_model(2)
+    expected = [0.75 * r + 0.25 * p for r, p in zip(ref.parameters(), policy.parameters(), strict=True)]
+    train_ppo.follow(ref, policy, 0.25)
+    for moved, value in zip(ref.parameters(), expected, strict=True):
+        torch.testing.assert_close(moved, value)
