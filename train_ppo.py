@@ -97,7 +97,8 @@ def main(config: PPOConfig) -> None:
     for iteration in bar:
         # 1. rollout and scores (with the self-check that sampling and scoring agree)
         draw = generator(config.seed, "rollout", iteration)
-        rollout = roll_out(policy, ref, rm, critic.model if critic else None, next(batches), sampling, draw)
+        values = critic.model if critic else None
+        rollout = roll_out(policy, ref, rm, values, next(batches), sampling, draw, config.microbatch)
         score = rollout.scores - config.missing_eos_penalty * ~rollout.finished
         if config.clip_score:
             score = score.clamp(-config.clip_score, config.clip_score)

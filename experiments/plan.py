@@ -49,8 +49,8 @@ class Plan:
     some: int = 1600  # prompts of ppo-some
     prompts: int = 400  # held-out ones
     variables: Mapping[str, str] = field(default_factory=dict)  # make's, for every cell
-    noise: tuple[float, ...] = (0.1, 0.2, 0.3)
-    noise_methods: tuple[str, ...] = ("sft", "dpo", "dpo-all", "dpo-all-long", "ppo", "ppo-long", "mpo", "dpo-ppo")
+    noise: tuple[float, ...] = (0.15, 0.3)
+    noise_methods: tuple[str, ...] = ("sft", "dpo", "dpo-all-long", "ppo-long", "mpo")
     gammas: tuple[str, ...] = ("q0.25", "q0.75", "q0.9")
     gamma_methods: tuple[str, ...] = ("dpo", "mpo")
     pushed_long: int = 2  # units of the pushed stages

@@ -105,12 +105,13 @@ def update(learner: Learner, data: Update, iteration: int, config: PPOConfig) ->
         learner.critic.model.train()
     share = learning_rate(iteration, config.iterations, 1.0, config.warmup, config.final_lr)
     policy_lr = 0.0 if learner.critic and iteration < config.critic_warmup else share * config.lr
-    mask = data.rollout.tokens.mask
+    mask, length = data.rollout.tokens.mask, data.rollout.batch.last
     sums: Counter[str] = Counter()  # of floats
     steps = 0
     for epoch in range(config.epochs):
         order = torch.randperm(config.batch, generator=generator(config.seed, f"minibatches/{iteration}", epoch))
-        for chosen in order.split(config.minibatch):
+        for drawn in order.split(config.minibatch):
+            chosen = drawn[length[drawn].argsort()]  # microbatches of like length waste little on padding
             weights = ppo.token_weights(mask[chosen], config.advantage, config.max_new)
             for index, part in zip(chosen.split(config.microbatch), weights.split(config.microbatch), strict=True):
                 metrics = accumulate(learner, data, index, part, steps == 0, config)

@@ -44,8 +44,9 @@ def roll_out(
     prompts: Sequence[list[int]],
     sampling: Sampling,
     generator: torch.Generator,
+    microbatch: int,
 ) -> Rollout:
-    """Sample with the policy and look at the result with every model.
+    """Sample with the policy and look at the result with every model, `microbatch` rows at a time.
 
     Errors: InputError when the log-probs of sampling and of scoring differ by more than AGREE:
     then they are two different distributions and every ratio would be wrong.
@@ -54,11 +55,21 @@ def roll_out(
         model.eval()
     samples = generate(policy, prompts, sampling, generator)
     batch = make_batch(list(zip(prompts, samples.responses, strict=True)), sampling.pad)
-    tokens = compare(policy, ref, batch, sampling.temperature)
+    B, R = batch.response_mask.shape
+    columns = {name: torch.zeros(B, R) for name in ("logp", "ref_logp", "kl", "entropy", "values")}
+    scores = torch.zeros(B)
+    for index in batch.last.argsort().split(microbatch):  # rows of like length: little padding
+        part = batch.rows(index)
+        found = compare(policy, ref, part, sampling.temperature)._asdict()
+        found |= {} if critic is None else {"values": state_values(critic, part)}
+        for name in columns.keys() & found.keys():
+            columns[name][index, : found[name].shape[1]] = found[name]
+        scores[index] = score(rm, part)
+    values = columns.pop("values")
+    tokens = Comparison(**columns, mask=batch.response_mask)
     sampled = torch.cat([torch.tensor(x) for x in samples.logps])
     check_agreement(sampled, tokens.logp[tokens.mask], "sampling and scoring")
-    values = None if critic is None else state_values(critic, batch)
-    return Rollout(batch, tokens, values, score(rm, batch), torch.tensor(samples.finished))
+    return Rollout(batch, tokens, None if critic is None else values, scores, torch.tensor(samples.finished))
 
 
 def check_agreement(one: Tensor, other: Tensor, names: str) -> float:

@@ -151,6 +151,17 @@ def test_ppo_variants(hh_run, tmp_path, flags):
         assert second["kl_exact"] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_microbatch_of_ppo_changes_nothing_but_rounding(hh_run, tmp_path):
+    models = ("--model", hh_run / "dpo", "--ref", hh_run / "sft", "--rm", hh_run / "rm")
+    sizes = ("--iterations", 1, "--batch", 8, "--minibatch", 8, "--max_new", 10, "--critic_warmup", 0)
+    found = []
+    for size in (1, 8):
+        flags = ("--prompts", hh_run / "split" / "prompts.jsonl", *models, *sizes, "--microbatch", size)
+        run_script("train_ppo.py", *flags, "--out", tmp_path / str(size), "--threads", 1)
+        found.append(json.loads((tmp_path / str(size) / "metrics.jsonl").read_text()))
+    assert found[0] == pytest.approx(found[1], rel=1e-3, abs=2e-5)
+
+
 def test_an_ensemble_splits_by_its_doubt(hh_run, tmp_path):
     data = ("--data", hh_run / "data")
     flags = ("--label_smoothing", 0.1, "--centring", 0.01, "--epochs", 0.5, "--seed", 2, *SMALL)

@@ -107,7 +107,7 @@ def test_kl_to_itself_is_0_and_to_another_positive():
 
 def test_rollout_checks_itself():
     model, rm = small_model(), scalar_from(small_model(seed=2), generator(0, "head"))
-    rollout = roll_out(model, model, rm, rm, PROMPTS, Sampling(6, 0.8, EOS, PAD), generator(0, "r"))
+    rollout = roll_out(model, model, rm, rm, PROMPTS, Sampling(6, 0.8, EOS, PAD), generator(0, "r"), 2)
     assert rollout.tokens.kl.abs().max() < 1e-6
     assert rollout.values.shape == rollout.tokens.logp.shape
     with pytest.raises(InputError, match="sampling and scoring differ by"):
@@ -118,7 +118,9 @@ def test_rollout_checks_itself():
 
 def test_values_are_of_the_state_before_each_token():
     rm = scalar_from(small_model(), generator(0, "head"))
-    rollout = roll_out(small_model(), small_model(), rm, rm, PROMPTS[:2], Sampling(5, 1.0, EOS, PAD), generator(0, "r"))
+    rollout = roll_out(
+        small_model(), small_model(), rm, rm, PROMPTS[:2], Sampling(5, 1.0, EOS, PAD), generator(0, "r"), 2
+    )
     prompt = torch.tensor([PROMPTS[1]])
     assert rollout.values[1, 0].item() == pytest.approx(rm(prompt)[0, -1].item(), abs=1e-5)
     whole = torch.tensor([PROMPTS[1] + rollout.batch.ids[1, 2 : 2 + int(rollout.batch.response_len[1])].tolist()])
