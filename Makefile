@@ -12,6 +12,7 @@
 #   DATA    builtin, a folder in the task's official layout, or a row file (.jsonl, .jsonl.gz)
 #   RUN     the run folder                        MODEL  a preset or a folder in Hugging Face layout
 #   SEED    of every random choice                LOSS   the preference loss: ipo, sigmoid+0.1*sft, ...
+#   RMS     "rm rm-2 rm-3": an ensemble of reward models of other seeds, which the split uses
 #   FROM    a finished run whose stages this one shares until a flag differs
 #   POLICIES  what to train and compare, by folder (schedules.mk); the first one is the baseline
 #   QUICK=1 a smoke test: seconds a stage, and numbers that mean nothing
@@ -26,6 +27,7 @@ SEED  ?= 1
 LOSS  ?= sigmoid
 FROM  ?=
 POLICIES ?= sft dpo mpo
+RMS   ?= rm
 STAGE ?= mpo
 QUICK ?=
 
@@ -58,7 +60,8 @@ data_args      = --task $(TASK) --data $(DATA) $(rows)           $(if $(QUICK),-
 tokenizer_args = --model $(MODEL) --vocab $(if $(builtin),1536,4096) $(TOKENIZER_FLAGS)
 sft_args       = --model $(MODEL) $(if $(builtin),$(if $(filter tldr,$(TASK)),--epochs 2)) $(limits) $(if $(QUICK),--epochs 1) $(SFT_FLAGS)
 rm_args        = $(if $(builtin),$(if $(filter tldr,$(TASK)),--epochs 3)) $(limits) $(if $(QUICK),--epochs 1) $(RM_FLAGS)
-split_args     = $(limits)                                       $(SPLIT_FLAGS)
+ensemble       = $(subst $(empty) $(empty),$(comma),$(RMS:%=$(RUN)/%))
+split_args     = $(if $(filter-out rm,$(RMS)),--rm $(ensemble)) $(limits) $(SPLIT_FLAGS)
 any_dpo_args   = --loss $(LOSS) $(limits)                        $(DPO_FLAGS)
 any_ppo_args   = $(limits) $(if $(QUICK),--iterations 2 --batch 16 --minibatch 8 --microbatch 8 --max_new 24) $(PPO_FLAGS)
 eval_args      = --policies $(subst $(empty) $(empty),$(comma),$(foreach p,$(POLICIES),$(p)=$(RUN)/$(p))) $(limits)                                       $(if $(QUICK),--prompts 16 --max_new 24) $(EVAL_FLAGS)
@@ -92,7 +95,15 @@ $(RUN)/sft/$(DONE): $(RUN)/.flags/sft $(RUN)/data/$(DONE) $(RUN)/tokenizer/$(DON
 $(RUN)/rm/$(DONE): $(RUN)/.flags/rm $(RUN)/data/$(DONE) $(RUN)/sft/$(DONE)
 	@$(call stage,train_rm.py) --data $(RUN)/data --model $(RUN)/sft $(rm_args)
 
-$(RUN)/split/$(DONE): $(RUN)/.flags/split $(RUN)/data/$(DONE) $(RUN)/rm/$(DONE)
+# rm-2, rm-3, ...: the same with another seed
+define reward_model
+$(1)_args = $$(rm_args)
+$$(RUN)/$(1)/$$(DONE): $$(RUN)/.flags/$(1) $$(RUN)/data/$$(DONE) $$(RUN)/sft/$$(DONE)
+	@$$(call stage,train_rm.py) --data $$(RUN)/data --model $$(RUN)/sft --seed $$(SEED)0$(1:rm-%=%) $$($(1)_args)
+endef
+$(foreach r,$(filter rm-%,$(RMS)),$(eval $(call reward_model,$(r))))
+
+$(RUN)/split/$(DONE): $(RUN)/.flags/split $(RUN)/data/$(DONE) $(RMS:%=$(RUN)/%/$(DONE))
 	@$(call stage,split_data.py) --data $(RUN)/data --rm $(RUN)/rm $(split_args)
 
 include schedules.mk

@@ -61,6 +61,7 @@ GRIDS: dict[str, tuple[str, dict[str, Variables]]] = {
         {
             "quantile 0.5": {},
             "gamma 0.5": {"SPLIT_FLAGS": "--gamma 0.5"},
+            "uncertainty of 3": {"RMS": "rm rm-2 rm-3", "SPLIT_FLAGS": "--by uncertainty"},
             "contradicted dropped": {"SPLIT_FLAGS": "--contradicted drop"},
             "contradicted flipped": {"SPLIT_FLAGS": "--contradicted flip"},
             "all smoothed": {
