@@ -14,6 +14,7 @@
 #   SEED    of every random choice                LOSS   the preference loss: ipo, sigmoid+0.1*sft, ...
 #   RMS     "rm rm-2 rm-3": an ensemble of reward models of other seeds, which the split uses
 #   FROM    a finished run whose stages this one shares until a flag differs
+#   KERNELS reference: plain torch everywhere; else the fastest implementation here (kernels/)
 #   POLICIES  what to train and compare, by folder (schedules.mk); the first one is the baseline
 #   QUICK=1 a smoke test: seconds a stage, and numbers that mean nothing
 # More flags for one stage: SFT_FLAGS="--epochs 1", RM_FLAGS, SPLIT_FLAGS, DPO_FLAGS, PPO_FLAGS, ...,
@@ -30,6 +31,10 @@ POLICIES ?= sft dpo mpo
 RMS   ?= rm
 STAGE ?= mpo
 QUICK ?=
+
+ifdef KERNELS
+export MPO_KERNELS := $(KERNELS)
+endif
 
 PYTHON ?= python3
 PIP    ?= .venv/bin/pip --disable-pip-version-check

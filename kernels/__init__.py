@@ -1,11 +1,13 @@
-"""Token-level kernels: log-probs of tokens, exact KL, sampling. Knows nothing of mpo.
+"""Kernels: linear layers, log-probs of tokens, exact KL, sampling. Knows nothing of mpo.
 
-Every public function takes `impl=`: the name of an implementation, or None for the best one
-here. Today there is one, "reference" (reference.py): the definition in plain torch.
+Every public function takes `impl=`: the name of an implementation, or None for the best one here.
+"reference" (reference.py) is the definition in plain torch, and what MPO_KERNELS=reference in the
+environment makes of None; "onednn" (onednn.py) has faster matrix products on CPUs with AVX-512.
 """
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 from typing import NamedTuple
 
@@ -14,6 +16,12 @@ from torch import Tensor
 from kernels import reference
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference}
+try:
+    from kernels import onednn
+
+    IMPLEMENTATIONS["onednn"] = onednn
+except (ImportError, AttributeError):  # another processor, or a torch without the operator
+    pass
 
 
 class PolicyReference(NamedTuple):
@@ -25,13 +33,23 @@ class PolicyReference(NamedTuple):
     entropy: Tensor
 
 
-def _implementation(impl: str | None) -> ModuleType:
-    """The one dispatch rule: the named implementation, or the first that is there."""
-    if impl is None:
-        return reference
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[impl]
+def _implementation(impl: str | None, function: str, *tensors: Tensor) -> ModuleType:
+    """The one dispatch rule: the named implementation, or the last of the list that takes these tensors."""
+    impl = impl or os.environ.get("MPO_KERNELS") or None
+    if impl is not None:
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+        return IMPLEMENTATIONS[impl] if hasattr(IMPLEMENTATIONS[impl], function) else reference
+    for module in reversed(IMPLEMENTATIONS.values()):
+        if hasattr(module, function) and (module is reference or module.takes(*tensors)):
+            return module
+    return reference
+
+
+def linear(x: Tensor, weight: Tensor, impl: str | None = None) -> Tensor:
+    """x (..., K) times weight (N, K) transposed -> (..., N), differentiable in both."""
+    result: Tensor = _implementation(impl, "linear", x, weight).linear(x, weight)
+    return result
 
 
 def token_logprobs(
@@ -42,7 +60,8 @@ def token_logprobs(
     Args: hidden (N, D); weight (V, D), the head; targets (N,) int64 in [0, V).
     Returns: logp (N,) and entropy (N,), fp32, in nats; differentiable in hidden and weight.
     """
-    result: tuple[Tensor, Tensor] = _implementation(impl).token_logprobs(hidden, weight, targets, temperature)
+    module = _implementation(impl, "token_logprobs", hidden, weight)
+    result: tuple[Tensor, Tensor] = module.token_logprobs(hidden, weight, targets, temperature)
     return result
 
 
@@ -60,7 +79,8 @@ def policy_reference(
     Args: hidden, ref_hidden (N, D); weight, ref_weight (V, D); targets (N,).
     Returns: four (N,) fp32 tensors in nats; differentiable in the policy's hidden and weight.
     """
-    parts = _implementation(impl).policy_reference(hidden, weight, ref_hidden, ref_weight, targets, temperature)
+    module = _implementation(impl, "policy_reference", hidden, weight)
+    parts = module.policy_reference(hidden, weight, ref_hidden, ref_weight, targets, temperature)
     return PolicyReference(*parts)
 
 
@@ -76,5 +96,6 @@ def sample_tokens(
     Args: hidden (N, D); weight (V, D); uniform (N,) in [0, 1), the only randomness.
     Returns: tokens (N,) int64 and their log-probs (N,) fp32 under that same distribution.
     """
-    result: tuple[Tensor, Tensor] = _implementation(impl).sample_tokens(hidden, weight, uniform, temperature)
+    module = _implementation(impl, "sample_tokens", hidden, weight)
+    result: tuple[Tensor, Tensor] = module.sample_tokens(hidden, weight, uniform, temperature)
     return result

@@ -6,7 +6,13 @@ Logits, softmax and sums are fp32 whatever the dtype of hidden states and weight
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T."""
+    return F.linear(x, weight)
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+import kernels
 from mpo.artifacts import Stage
 from mpo.checkpoint import save_model
 from mpo.config import Common, Training, exact_div
@@ -24,6 +25,8 @@ LossSums = Callable[[list[Pair]], tuple[Tensor, Metrics]]
 
 def setup_torch(config: Common) -> None:
     """Threads, and denormals flushed (they slow small models down a hundredfold)."""
+    if (chosen := os.environ.get("MPO_KERNELS", "")) not in ("", *kernels.IMPLEMENTATIONS):
+        raise InputError(f"MPO_KERNELS={chosen}: expected one of {', '.join(kernels.IMPLEMENTATIONS)} here")
     torch.set_num_threads(config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     torch.set_flush_denormal(True)
 
