@@ -18,7 +18,7 @@ GIT = File("base/train.jsonl.gz", "", "git", hashlib.sha1(b"blob %d\0" % len(CON
 
 @pytest.fixture
 def server():
-    """Serves CONTENT; counts bytes sent; honours Range unless told not to."""
+    """Serves CONTENT; counts the bytes it sends; honours Range unless told not to."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -26,11 +26,11 @@ def server():
             if self.server.ranges and (asked := self.headers.get("Range")):
                 start = int(asked.removeprefix("bytes=").rstrip("-"))
             body = self.server.content[start:]
+            self.server.sent += len(body)  # before it goes out: the client may be done before we are
             self.send_response(206 if start else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
-            self.server.sent += len(body)
 
         def log_message(self, *args):
             pass
