@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, product
 
@@ -51,8 +52,9 @@ def tune(plan: Plan, jobs: int) -> int:
         todo = [(task, m) for m, task in product(methods, plan.tasks) if m not in settings[task]]
         cells = [c for task, m in todo for c in tuning_cells(plan, task, m, settings[task])]
         firsts = {c.key: c for c in cells if not c.source}  # before the runs that share them
-        for cell in firsts.values():
-            make(cell, "policy-split", ROOT / cell.run / "logs" / "split.log")
+        bases = list({c.run: c for c in firsts.values()}.values())
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda c: make(c, "policy-split", ROOT / c.run / "logs" / "split.log"), bases))
         failed = run_cells(list(firsts.values()), results, jobs)
         failed += run_cells([c for c in cells if c.source], results, jobs)
         if failed:
