@@ -47,7 +47,7 @@ DONE   := manifest.json
 hh tldr:
 	@$(MAKE) --no-print-directory TASK=$@ pipeline
 
-pipeline: .venv/.runtime
+pipeline: .venv/.ready
 	@$(if $(FROM),$(share))
 	@echo "$(TASK): data = $(if $(filter builtin,$(DATA)),the built-in world,$(DATA)), model = $(MODEL), run folder = $(RUN)$(if $(QUICK), (QUICK: the numbers mean nothing))"
 	@$(MAKE) --no-print-directory TASK=$(TASK) $(RUN)/eval/$(DONE)
@@ -88,7 +88,7 @@ stage = $(PY) $(1) --out $(@D) --overwrite true --seed $(SEED)
 sources    := $(if $(builtin),,$(wildcard $(DATA) $(DATA)/*/*.jsonl $(DATA)/*/*.gz $(DATA)/comparisons/*.json))
 checkpoint := $(wildcard $(MODEL)/config.json $(MODEL)/*.safetensors $(MODEL)/tokenizer.model)
 
-$(RUN)/data/$(DONE): $(RUN)/.flags/data $(sources) | .venv/.runtime
+$(RUN)/data/$(DONE): $(RUN)/.flags/data $(sources) | .venv/.ready
 	@$(call stage,prepare_data.py) $(data_args)
 
 $(RUN)/tokenizer/$(DONE): $(RUN)/.flags/tokenizer $(RUN)/data/$(DONE) $(checkpoint)
@@ -117,13 +117,13 @@ $(RUN)/eval/$(DONE): $(RUN)/.flags/eval $(foreach s,data rm split $(POLICIES),$(
 	@$(call stage,eval.py) --data $(RUN)/data --rm $(RUN)/rm --split $(RUN)/split $(eval_args)
 
 # One policy without an evaluation: make policy-reversed
-policy-%: .venv/.runtime
+policy-%: .venv/.ready
 	@$(if $(FROM),$(share))
 	@$(MAKE) --no-print-directory $(RUN)/$*/$(DONE)
 
 # --- around the pipeline ------------------------------------------------------------------------
 
-chat: .venv/.runtime
+chat: .venv/.ready
 	@$(PY) chat.py --model $(RUN)/$(STAGE) --task $(TASK)
 
 report: .venv/.runtime
@@ -156,11 +156,16 @@ setup: .venv/.dev
 	$(PIP) install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-.venv/.figures: .venv/.runtime
+# The compiled kernels: everything works without, more slowly.
+.venv/.ready: .venv/.runtime kernels/cpu.cpp kernels/build.py
+	@$(PY) kernels/build.py
+	@touch $@
+
+.venv/.figures: .venv/.ready
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[figures]'
 	@touch $@
 
-.venv/.dev: .venv/.runtime
+.venv/.dev: .venv/.ready
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 

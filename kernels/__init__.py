@@ -2,26 +2,36 @@
 
 Every public function takes `impl=`: the name of an implementation, or None for the best one here.
 "reference" (reference.py) is the definition in plain torch, and what MPO_KERNELS=reference in the
-environment makes of None; "onednn" (onednn.py) has faster matrix products on CPUs with AVX-512.
+environment makes of None; "cpu" (cpu.py, cpu.cpp) is compiled by `make setup` and never holds the
+logits; "chunked" (chunked.py) does without a compiler, and holds few of them; "onednn" (onednn.py)
+has faster matrix products on CPUs with AVX-512.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor
 
-from kernels import reference
+from kernels import chunked, reference
 
-IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference}
+IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
 try:
     from kernels import onednn
 
     IMPLEMENTATIONS["onednn"] = onednn
 except (ImportError, AttributeError):  # another processor, or a torch without the operator
     pass
+try:
+    from kernels import cpu
+
+    IMPLEMENTATIONS["cpu"] = cpu
+except OSError:
+    if os.environ.get("MPO_KERNELS") != "reference":
+        print("kernels: cpu.cpp is not compiled for this processor (make setup); using plain torch", file=sys.stderr)
 
 
 class PolicyReference(NamedTuple):
@@ -58,7 +68,7 @@ def token_logprobs(
     """Log-prob of each target and entropy of its distribution, softmax(hidden @ weight.T / temperature).
 
     Args: hidden (N, D); weight (V, D), the head; targets (N,) int64 in [0, V).
-    Returns: logp (N,) and entropy (N,), fp32, in nats; differentiable in hidden and weight.
+    Returns: logp (N,) and entropy (N,), fp32, in nats; logp is differentiable in hidden and weight.
     """
     module = _implementation(impl, "token_logprobs", hidden, weight)
     result: tuple[Tensor, Tensor] = module.token_logprobs(hidden, weight, targets, temperature)
@@ -77,7 +87,7 @@ def policy_reference(
     """Log-probs under policy and reference, exact KL(policy || reference) and policy entropy.
 
     Args: hidden, ref_hidden (N, D); weight, ref_weight (V, D); targets (N,).
-    Returns: four (N,) fp32 tensors in nats; differentiable in the policy's hidden and weight.
+    Returns: four (N,) fp32 tensors in nats; logp and kl are differentiable in the policy's hidden and weight.
     """
     module = _implementation(impl, "policy_reference", hidden, weight)
     parts = module.policy_reference(hidden, weight, ref_hidden, ref_weight, targets, temperature)

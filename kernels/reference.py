@@ -39,10 +39,12 @@ def policy_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log p(target), log q(target), KL(p || q) = sum_v p_v (log p_v - log q_v), H(p)."""
     logps = _log_softmax(hidden, weight, temperature)  # (N, V)
-    ref_logps = _log_softmax(ref_hidden, ref_weight, temperature)  # (N, V)
+    with torch.no_grad():  # the reference stays as it is
+        ref_logps = _log_softmax(ref_hidden, ref_weight, temperature)  # (N, V)
     p = logps.exp()
     kl = (p * (logps - ref_logps)).sum(-1)
-    entropy = -(p * logps).sum(-1)
+    with torch.no_grad():
+        entropy = -(p * logps).sum(-1)
     pick = targets[:, None]
     return logps.gather(-1, pick).squeeze(-1), ref_logps.gather(-1, pick).squeeze(-1), kl, entropy
 

@@ -1,0 +1,62 @@
+"""Compile cpu.cpp with the system's compiler: python kernels/build.py, which `make setup` runs.
+
+The library's name has a hash of the source, the flags and the processor, so that a library built for
+another machine, or from older source, is not found rather than run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -fPIC -shared".split()
+
+
+def library() -> Path:
+    """Where the compiled kernels are, or would be, for this source on this processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    key = " ".join([SOURCE.read_text(encoding="utf-8"), *FLAGS, platform.machine(), processor])
+    return SOURCE.parent / "build" / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+
+
+def compiler() -> str | None:
+    """The system's C++ compiler: $CXX, or the first of c++, g++, clang++."""
+    return next(
+        (found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))),
+        None,
+    )
+
+
+def build(extra: tuple[str, ...] = (), target: Path | None = None) -> Path:
+    """Compile to `target` (library() unless given); the file appears whole or not at all.
+
+    Errors: RuntimeError with the compiler's words where there is none or it fails.
+    """
+    target = target or library()
+    found = compiler()
+    if found is None:
+        raise RuntimeError("no C++ compiler (g++ or clang++) found")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_suffix(f".{os.getpid()}.part")
+    done = subprocess.run([found, *FLAGS, *extra, str(SOURCE), "-o", str(part)], capture_output=True, text=True)
+    if done.returncode:
+        part.unlink(missing_ok=True)
+        raise RuntimeError(f"{found} failed: {done.stderr.strip()[:2000]}")
+    part.replace(target)
+    return target
+
+
+if __name__ == "__main__":
+    try:
+        if not library().exists():
+            build()
+    except RuntimeError as e:
+        print(f"kernels: {e}; everything works without, more slowly", file=sys.stderr)
