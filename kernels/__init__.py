@@ -3,8 +3,7 @@
 Every public function takes `impl=`: the name of an implementation, or None for the best one here.
 "reference" (reference.py) is the definition in plain torch, and what MPO_KERNELS=reference in the
 environment makes of None; "cpu" (cpu.py, cpu.cpp) is compiled by `make setup` and never holds the
-logits; "chunked" (chunked.py) does without a compiler, and holds few of them; "onednn" (onednn.py)
-has faster matrix products on CPUs with AVX-512.
+logits; "chunked" (chunked.py) does without a compiler, and holds few of them.
 """
 
 from __future__ import annotations
@@ -19,12 +18,6 @@ from torch import Tensor
 from kernels import chunked, reference
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
-try:
-    from kernels import onednn
-
-    IMPLEMENTATIONS["onednn"] = onednn
-except (ImportError, AttributeError):  # another processor, or a torch without the operator
-    pass
 try:
     from kernels import cpu
 
@@ -51,7 +44,7 @@ def _implementation(impl: str | None, function: str, *tensors: Tensor) -> Module
             raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
         return IMPLEMENTATIONS[impl] if hasattr(IMPLEMENTATIONS[impl], function) else reference
     for module in reversed(IMPLEMENTATIONS.values()):
-        if hasattr(module, function) and (module is reference or module.takes(*tensors)):
+        if hasattr(module, function) and (module is reference or module.takes(function, *tensors)):
             return module
     return reference
 

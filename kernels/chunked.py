@@ -17,7 +17,7 @@ from kernels import reference
 CHUNK = 2**22  # logits: 16 MB in fp32
 
 
-def takes(hidden: Tensor, weight: Tensor) -> bool:
+def takes(function: str, hidden: Tensor, weight: Tensor) -> bool:
     """Whether the logits are too many to be held at once."""
     return len(hidden) * len(weight) > CHUNK
 

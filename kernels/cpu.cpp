@@ -1,6 +1,6 @@
-// The head's kernels for CPUs. See reference.py for what each function means, cpu.py for who calls it.
+// Kernels for CPUs: the head's, and matrix products. See reference.py for what each function means, cpu.py for who calls it.
 //
-// All of them are one matrix product, logits = hidden weight^T, whose results are used up where they
+// The head's are all one matrix product, logits = hidden weight^T, whose results are used up where they
 // appear: in registers. No N x V array exists. The product is the classical one (Goto & van de Geijn,
 // 2008): a tile of ROWS x 2 vectors of accumulators, hidden packed once as [tile][D][ROWS], weight
 // packed chunk by chunk as [panel][D][2 vectors] by the thread that multiplies with it. Each of the
@@ -447,6 +447,113 @@ extern "C" void sample_tokens(const void* hidden, const void* weight, const floa
                 if (before > goal) break;
             }
             logp[n] = std::min(0.0f, logit - most - float(std::log(total)));
+        }
+    }
+}
+
+// --- matrix products ------------------------------------------------------------------------------------
+
+// The same blocking for whole products, C (M, N) = A (M, K) B (K, N): all three of a linear layer's are
+// this one, with other strides. B is packed block by block; A is read where it lies, unless its rows
+// would fall into the same cache sets.
+constexpr int64_t BLOCK_K = 256, BLOCK_N = 768 / PANEL * PANEL;
+
+struct Strided {
+    const float* data;
+    int64_t row, column;  // distances, in numbers
+
+    const float* at(int64_t i, int64_t j) const { return data + i * row + j * column; }
+};
+
+static void pack_block(const Strided& b, int64_t k, int64_t columns, float* out) {  // [k][PANEL], zeros past the end
+    for (int64_t j = 0; j < PANEL; j++) {
+        if (j >= columns) {
+            for (int64_t i = 0; i < k; i++) out[i * PANEL + j] = 0.0f;
+        }
+    }
+    if (b.column == 1) {
+        for (int64_t i = 0; i < k; i++) std::memcpy(out + i * PANEL, b.at(i, 0), columns * sizeof(float));
+        return;
+    }
+    for (int64_t i0 = 0; i0 < k; i0 += 16) {
+        const int64_t i1 = std::min<int64_t>(i0 + 16, k);
+        for (int64_t j = 0; j < columns; j++) {
+            for (int64_t i = i0; i < i1; i++) out[i * PANEL + j] = *b.at(i, j);
+        }
+    }
+}
+
+template <bool ROWS_TOGETHER>
+static inline __attribute__((always_inline)) void add_product(Tile& t, const float* a, int64_t stride, const float* b,
+                                                              int64_t K) {
+    for (int64_t k = 0; k < K; k++) {
+        Vec b0, b1;
+        std::memcpy(&b0, b + k * PANEL, sizeof b0);
+        std::memcpy(&b1, b + k * PANEL + LANES, sizeof b1);
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            const Vec x = splat(ROWS_TOGETHER ? a[k * stride + i] : a[i * stride + k]);
+            t.at[i][0] += x * b0;
+            t.at[i][1] += x * b1;
+        }
+    }
+}
+
+extern "C" void matmul(const float* a_data, const float* b_data, float* c, int64_t M, int64_t N, int64_t K,
+                       int64_t a_row, int64_t a_column, int64_t b_row, int64_t b_column, int64_t threads) {
+    if (K == 0) std::fill(c, c + M * N, 0.0f);
+    const Strided A{a_data, a_row, a_column}, B{b_data, b_row, b_column};
+    const int64_t block_n = std::min(BLOCK_N, (N + PANEL - 1) / PANEL * PANEL), block_k = std::min(BLOCK_K, K);
+    const Buffer packed = buffer(block_n * block_k);
+    const bool together = a_row == 1;
+    const bool collide = !together && (a_column != 1 || a_row % 1024 == 0);
+#pragma omp parallel num_threads(threads)
+    {
+        Buffer rows = buffer(ROWS * block_k);
+        for (int64_t n0 = 0; n0 < N; n0 += block_n) {
+            const int64_t width = std::min(block_n, N - n0), panels = (width + PANEL - 1) / PANEL;
+            for (int64_t k0 = 0; k0 < K; k0 += block_k) {
+                const int64_t depth = std::min(block_k, K - k0);
+#pragma omp for
+                for (int64_t p = 0; p < panels; p++) {
+                    const Strided part{B.at(k0, n0 + p * PANEL), B.row, B.column};
+                    pack_block(part, depth, std::min<int64_t>(PANEL, width - p * PANEL), packed.get() + p * PANEL * depth);
+                }
+#pragma omp for schedule(dynamic, 2)
+                for (int64_t m = 0; m < M; m += ROWS) {
+                    const int64_t count = std::min<int64_t>(ROWS, M - m);
+                    const bool copy = count < ROWS || collide;
+                    if (copy) {
+                        for (int64_t k = 0; k < depth; k++) {
+                            for (int64_t i = 0; i < ROWS; i++) rows[k * ROWS + i] = i < count ? *A.at(m + i, k0 + k) : 0.0f;
+                        }
+                    }
+                    for (int64_t p = 0; p < panels; p++) {
+                        const float* b = packed.get() + p * PANEL * depth;
+                        Tile t{};
+                        if (copy) add_product<true>(t, rows.get(), ROWS, b, depth);
+                        else if (together) add_product<true>(t, A.at(m, k0), A.column, b, depth);
+                        else add_product<false>(t, A.at(m, k0), A.row, b, depth);
+                        const int64_t left = width - p * PANEL;
+                        for (int i = 0; i < count; i++) {
+                            float* out = c + (m + i) * N + n0 + p * PANEL;
+                            for (int half = 0; half < 2; half++) {
+                                const int64_t size = std::min<int64_t>(LANES, left - half * LANES);
+                                if (size == LANES) {
+                                    Vec v = t.at[i][half], before{};
+                                    if (k0) std::memcpy(&before, out + half * LANES, sizeof before);
+                                    v += before;
+                                    std::memcpy(out + half * LANES, &v, sizeof v);
+                                } else {
+                                    for (int64_t j = 0; j < size; j++) {
+                                        out[half * LANES + j] = t.at[i][half][j] + (k0 ? out[half * LANES + j] : 0.0f);
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
         }
     }
 }

@@ -18,8 +18,13 @@ _library = ctypes.CDLL(str(library()))  # OSError where it has not been built
 COLUMNS = 2**21  # gradients of logits held at a time: 8 MB
 
 
-def takes(hidden: Tensor, weight: Tensor) -> bool:
+FEW = 64  # rows from which a product is worth packing its weight for
+
+
+def takes(function: str, hidden: Tensor, weight: Tensor) -> bool:
     """Whether the compiled kernels are for these tensors: fp32 or bf16, both alike, on a CPU."""
+    if function == "linear" and (hidden.dtype != torch.float32 or hidden.numel() < FEW * hidden.shape[-1]):
+        return False
     return (
         hidden.device.type == "cpu" and hidden.dtype == weight.dtype and hidden.dtype in (torch.float32, torch.bfloat16)
     )
@@ -46,10 +51,11 @@ def _checked(targets: Tensor, vocabulary: int) -> Tensor:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) times (K, N) in fp32."""
-    from kernels import linear
-
-    return linear(a, b.float().t())
+    """(M, K) times (K, N) in fp32, of any strides."""
+    (M, K), N = a.shape, b.shape[1]
+    c = torch.empty(M, N)
+    _call("matmul", a, b, c, M, N, K, *a.stride(), *b.stride(), torch.get_num_threads())
+    return c
 
 
 def _gradients(
@@ -80,7 +86,7 @@ def _gradients(
         rows = ((targets >= first) & (targets < first + len(part))).nonzero().squeeze(1)
         out[rows, targets[rows] - first] += of_target[rows] / temperature
         if d_hidden is not None:
-            d_hidden += _matmul(out, part)
+            d_hidden += _matmul(out, part.float())
         if d_weight is not None:
             d_weight[first : first + columns] = _matmul(out.t(), wide)
     return (
@@ -144,6 +150,29 @@ class _PolicyReference(torch.autograd.Function):
         statistics = lse, ref_lse, -g - g_kl * kl, g_kl
         found = _gradients(tuple(sides), statistics, g, targets, ctx.temperature, ctx.needs_input_grad[:2])
         return (*found, None, None, None, None)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T; dx = dy W; dW = dy^T x"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _matmul(x, weight.t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (dy,), (x, weight) = grads, ctx.saved_tensors
+        needs_x, needs_weight = ctx.needs_input_grad
+        dy = dy.contiguous()  # it may be expanded from one number
+        return _matmul(dy, weight) if needs_x else None, _matmul(dy.t(), x) if needs_weight else None
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """See reference.py."""
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    product = _Linear.apply(rows, weight) if torch.is_grad_enabled() else _matmul(rows, weight.t())
+    return product.view(*x.shape[:-1], weight.shape[0])
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
