@@ -6,6 +6,7 @@
 #   make data/hh-rlhf       download the official HH-RLHF files
 #   make ablate             compare losses, estimators, splits ... over seeds (GRID, VARY, VALUES, SEEDS)
 #   make claims             the paper's claims put to the test: hours (docs/protocol.md); REDUCED=1: minutes
+#   make bench                                 this project and its peers, timed side by side
 #   make test | make parity | make lint | make setup | make clean
 #
 # Variables:
@@ -41,7 +42,7 @@ PIP    ?= .venv/bin/pip --disable-pip-version-check
 PY     := .venv/bin/python
 DONE   := manifest.json
 
-.PHONY: hh tldr pipeline chat report ablate claims setup test parity lint clean FORCE
+.PHONY: hh tldr pipeline chat report ablate claims bench setup test parity lint clean FORCE
 .DELETE_ON_ERROR:
 
 hh tldr:
@@ -143,6 +144,15 @@ ablate: .venv/.figures
 claims: .venv/.figures
 	@$(PY) -m experiments.claims $(if $(REDUCED),--reduced true) $(CLAIMS_FLAGS)
 
+# Peers, each in an environment of its own
+.peers/now/.done:
+	$(PYTHON) -m venv .peers/now
+	.peers/now/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 trl==1.16.0 transformers==5.23.0
+	@touch $@
+
+bench: .venv/.ready .peers/now/.done
+	@$(PY) -m benchmarks.run $(BENCH_FLAGS)
+
 # --- development ------------------------------------------------------------------------------
 
 setup: .venv/.dev
@@ -182,7 +192,7 @@ parity: .venv/.parity
 lint: .venv/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m mypy mpo kernels experiments *.py
+	$(PY) -m mypy mpo kernels experiments benchmarks *.py
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build ./*.egg-info

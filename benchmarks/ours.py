@@ -1,0 +1,82 @@
+"""This project's side of the benchmark: python -m benchmarks.ours CASE THREADS"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+
+from benchmarks import turns
+from benchmarks import workload as w
+from mpo.data.batches import Pair
+from mpo.data.rows import Row
+from mpo.losses import PREFERENCE_LOSSES, bradley_terry
+from mpo.model import Llama, LlamaConfig, initialise, scalar_from
+from mpo.sampling import Sampling, generate
+from mpo.scoring import score_pairs
+from mpo.training import adamw, optimiser_step, setup_torch
+from train_dpo import pair_logps, reference_logps
+
+PAD = w.SHAPE["pad_token_id"]
+
+
+def model(seed: int) -> Llama:
+    """The workload's model with random weights."""
+    llama = Llama(LlamaConfig(**w.SHAPE))
+    initialise(llama, torch.Generator().manual_seed(seed))
+    return llama
+
+
+def pairs() -> list[Pair]:
+    """One step's pairs."""
+    rows = enumerate(w.pairs(w.PAIRS))
+    return [Pair(Row(str(i), "", "", ""), r["prompt"], r["chosen"], r["rejected"]) for i, r in rows]
+
+
+def dpo(cached: bool) -> Callable[[], object]:
+    """A DPO step; the reference's log-probs computed in the step, or once before."""
+    policy, ref = model(0), model(0)
+    optimiser, rows = adamw(policy, w.LR, 0.0), pairs()
+    cache = reference_logps(ref, rows, w.PAIRS, PAD)
+
+    def step() -> None:
+        found = cache if cached else reference_logps(ref, rows, w.PAIRS, PAD)
+        logps = pair_logps(policy, rows, found, PAD)
+        PREFERENCE_LOSSES["sigmoid"](logps, w.BETA).mean().backward()
+        optimiser_step(optimiser, policy, w.LR, 1.0)
+
+    return step
+
+
+def reward() -> Callable[[], object]:
+    """A step of the reward model."""
+    rm = scalar_from(model(0), torch.Generator().manual_seed(1))
+    optimiser, rows = adamw(rm, w.LR, 0.0), pairs()
+
+    def step() -> None:
+        bradley_terry(*score_pairs(rm, rows, PAD), 0.0, 0.0).mean().backward()
+        optimiser_step(optimiser, rm, w.LR, 1.0)
+
+    return step
+
+
+def generation() -> Callable[[], object]:
+    """A batch of responses, all of full length."""
+    policy, prompts = model(0), w.tokens(w.ROLLOUT, w.PROMPT)
+    sampling = Sampling(w.RESPONSE, 1.0, eos=-1, pad=PAD)  # no token ends a response
+    draw = torch.Generator().manual_seed(0)
+    return lambda: generate(policy, prompts, sampling, draw)
+
+
+CASES: dict[str, Callable[[], Callable[[], object]]] = {
+    "dpo": lambda: dpo(cached=False),
+    "dpo-best": lambda: dpo(cached=True),
+    "reward": reward,
+    "generate": generation,
+}
+
+if __name__ == "__main__":
+    setup_torch(SimpleNamespace(threads=int(sys.argv[2])))  # type: ignore[arg-type]
+    turns.serve(CASES[sys.argv[1]]())

@@ -1,0 +1,114 @@
+"""The peers' side of the benchmark, run in an environment of theirs: python peers.py CASE THREADS"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import torch
+import turns
+import workload as w
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
+
+
+class Turns(TrainerCallback):
+    """Let a trainer do one optimiser step a turn."""
+
+    def on_step_begin(self, *args, **kwargs):
+        if not hasattr(self, "began"):
+            turns.ready()
+        self.began = turns.wait()
+
+    def on_step_end(self, *args, **kwargs):
+        turns.report(self.began)
+
+
+def tokenizer():
+    """A tokenizer of as many words as the vocabulary: trainers insist on one. Ids i and words w<i> are the same."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<unk>", "<s>", "</s>", "<pad>"]
+    words = {names[i] if i < 4 else f"w{i}": i for i in range(w.SHAPE["vocab_size"])}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
+
+
+def text(ids: list[int]) -> str:
+    return " ".join(f"w{i}" for i in ids)
+
+
+def rows():
+    from datasets import Dataset
+
+    found = []
+    for row in w.pairs(w.PAIRS) * 200:
+        prompt, chosen, rejected = (text([i for i in row[k] if i > 3]) for k in ("prompt", "chosen", "rejected"))
+        found.append({"prompt": prompt + " ", "chosen": chosen, "rejected": rejected})
+    return Dataset.from_list(found)
+
+
+def common(folder: str) -> dict:
+    return dict(
+        output_dir=folder,
+        per_device_train_batch_size=w.PAIRS,
+        learning_rate=w.LR,
+        max_steps=10_000,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
+def dpo() -> None:
+    """trl's DPOTrainer."""
+    from trl import DPOConfig, DPOTrainer
+
+    policy, ref = (LlamaForCausalLM(LlamaConfig(**w.SHAPE)) for _ in range(2))
+    with tempfile.TemporaryDirectory() as folder:
+        config = DPOConfig(**common(folder), beta=w.BETA, max_length=w.PROMPT + w.RESPONSE + 8)
+        trainer = DPOTrainer(
+            policy, ref, args=config, train_dataset=rows(), processing_class=tokenizer(), callbacks=[Turns()]
+        )
+        trainer.train()
+
+
+def reward() -> None:
+    """trl's RewardTrainer."""
+    from trl import RewardConfig, RewardTrainer
+
+    rm = LlamaForSequenceClassification(LlamaConfig(**w.SHAPE, num_labels=1))
+    with tempfile.TemporaryDirectory() as folder:
+        config = RewardConfig(**common(folder), max_length=w.PROMPT + w.RESPONSE + 8)
+        trainer = RewardTrainer(
+            rm, args=config, train_dataset=rows(), processing_class=tokenizer(), callbacks=[Turns()]
+        )
+        trainer.train()
+
+
+def generation() -> None:
+    """transformers' generate, sampling from the whole distribution."""
+    policy = LlamaForCausalLM(LlamaConfig(**w.SHAPE)).eval()
+    prompts = torch.tensor(w.tokens(w.ROLLOUT, w.PROMPT))
+    lengths = dict(min_new_tokens=w.RESPONSE, max_new_tokens=w.RESPONSE)
+    with torch.no_grad():
+        turns.serve(
+            lambda: policy.generate(
+                prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, top_p=1.0, **lengths
+            )
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    torch.manual_seed(0)
+    {"dpo": dpo, "reward": reward, "generate": generation}[sys.argv[1]]()

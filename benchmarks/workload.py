@@ -1,0 +1,42 @@
+"""The shared workload: a model's shape and token ids, for us and for every peer. Needs numpy only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+SHAPE: dict[str, Any] = {  # in Hugging Face's names
+    "vocab_size": 8192,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 3,
+}
+PROMPT, RESPONSE = 128, 64  # tokens
+PAIRS = 16  # of one step of DPO or of the reward model
+ROLLOUT = 32  # prompts of one PPO iteration, and rows of one batch of generation
+EPOCHS, MINIBATCHES = 4, 1  # of PPO
+BETA, LR = 0.1, 1e-5
+
+
+def tokens(*shape: int, seed: int = 0) -> Any:
+    """Random ids that are none of the special ones, as nested lists."""
+    return np.random.default_rng(seed).integers(10, SHAPE["vocab_size"], shape).tolist()
+
+
+def pairs(count: int) -> list[dict[str, list[int]]]:
+    """Preference pairs as ids; every response ends in EOS."""
+    eos = [SHAPE["eos_token_id"]]
+    prompts = tokens(count, PROMPT, seed=1)
+    chosen, rejected = (tokens(count, RESPONSE - 1, seed=s) for s in (2, 3))
+    rows = zip(prompts, chosen, rejected, strict=True)
+    return [{"prompt": p, "chosen": c + eos, "rejected": r + eos} for p, c, r in rows]
