@@ -167,7 +167,7 @@ setup: .venv/.dev
 	@touch $@
 
 # The compiled kernels: everything works without, more slowly.
-.venv/.ready: .venv/.runtime kernels/cpu.cpp kernels/build.py
+.venv/.ready: .venv/.runtime $(wildcard kernels/cpp/*) kernels/build.py
 	@$(PY) kernels/build.py
 	@touch $@
 

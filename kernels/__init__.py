@@ -2,7 +2,7 @@
 
 Every public function takes `impl=`: the name of an implementation, or None for the best one here.
 "reference" (reference.py) is the definition in plain torch, and what MPO_KERNELS=reference in the
-environment makes of None; "cpu" (cpu.py, cpu.cpp) is compiled by `make setup` and never holds the
+environment makes of None; "cpu" (cpu.py, cpp/) is compiled by `make setup` and never holds the
 logits; "chunked" (chunked.py) does without a compiler, and holds few of them.
 """
 
@@ -24,7 +24,9 @@ try:
     IMPLEMENTATIONS["cpu"] = cpu
 except OSError:
     if os.environ.get("MPO_KERNELS") != "reference":
-        print("kernels: cpu.cpp is not compiled for this processor (make setup); using plain torch", file=sys.stderr)
+        print(
+            "kernels: kernels/cpp is not compiled for this processor (make setup); using plain torch", file=sys.stderr
+        )
 
 
 class PolicyReference(NamedTuple):

@@ -1,6 +1,6 @@
-"""Compile cpu.cpp with the system's compiler: python kernels/build.py, which `make setup` runs.
+"""Compile cpp/ with the system's compiler: python kernels/build.py, which `make setup` runs.
 
-The library's name has a hash of the source, the flags and the processor, so that a library built for
+The library's name has a hash of the sources, the flags and the processor, so that a library built for
 another machine, or from older source, is not found rather than run.
 """
 
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = Path(__file__).with_name("cpp")
 FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -fPIC -shared".split()
 
 
@@ -23,8 +23,9 @@ def library() -> Path:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    key = " ".join([SOURCE.read_text(encoding="utf-8"), *FLAGS, platform.machine(), processor])
-    return SOURCE.parent / "build" / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    texts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
+    key = " ".join([*texts, *FLAGS, platform.machine(), processor])
+    return SOURCES.parent / "build" / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
 
 def compiler() -> str | None:
@@ -46,7 +47,8 @@ def build(extra: tuple[str, ...] = (), target: Path | None = None) -> Path:
         raise RuntimeError("no C++ compiler (g++ or clang++) found")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f".{os.getpid()}.part")
-    done = subprocess.run([found, *FLAGS, *extra, str(SOURCE), "-o", str(part)], capture_output=True, text=True)
+    sources = sorted(map(str, SOURCES.glob("*.cpp")))
+    done = subprocess.run([found, *FLAGS, *extra, *sources, "-o", str(part)], capture_output=True, text=True)
     if done.returncode:
         part.unlink(missing_ok=True)
         raise RuntimeError(f"{found} failed: {done.stderr.strip()[:2000]}")

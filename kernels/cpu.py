@@ -1,4 +1,4 @@
-"""The compiled kernels (cpu.cpp) as torch functions: tensors to pointers, and the backward passes.
+"""The compiled kernels (cpp/) as torch functions: tensors to pointers, and the backward passes.
 
 Backward works on a few columns of the vocabulary at a time. The compiled part computes their logits
 again and turns them into gradients; two matrix products take these on to hidden states and weights.

@@ -28,7 +28,7 @@ def keep_freed_memory() -> None:
     """Let glibc hand freed tensors out again instead of giving them back to the system.
 
     By default every large tensor is a mapping of its own, whose pages the kernel clears at each first
-    touch: a quarter of a DPO step of the tiny model.
+    touch: much of a small model's step.
     """
     mmap_max, trim_threshold = -4, -1  # mallopt's names for them (malloc.h)
     libc = ctypes.CDLL(None)

@@ -1,0 +1,68 @@
+// The product that everything rests on: a tile of ROWS x 2 vectors of accumulators (Goto & van de
+// Geijn, 2008), and the packing that puts its operands side by side in memory.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "vectors.h"
+
+using Buffer = std::unique_ptr<float[]>;
+static inline Buffer buffer(int64_t size) { return Buffer(new float[std::max<int64_t>(size, 1)]); }
+
+struct Matrix {  // fp32 or bf16, of any strides (in numbers)
+    const void* data;
+    int64_t rows, width, row, column;
+    bool bf16;
+
+    float at(int64_t i, int64_t k) const {
+        const int64_t where = i * row + k * column;
+        if (!bf16) return static_cast<const float*>(data)[where];
+        const uint32_t bits = uint32_t(static_cast<const uint16_t*>(data)[where]) << 16;
+        float value;
+        std::memcpy(&value, &bits, 4);
+        return value;
+    }
+};
+
+// Rows [first, first + W) of m, columns [k0, k0 + K), times scale, as [K][W]; rows past the end are 0.
+template <int W, bool BF16>
+static void pack_as(const Matrix& m, int64_t first, int64_t k0, int64_t K, float scale, float* out) {
+    const Matrix x{m.data, m.rows, m.width, m.row, m.column, BF16};
+    const int64_t there = std::min<int64_t>(W, m.rows - first);
+    const int64_t block = m.row == 1 ? 1 : 16;  // columns at a time: a cache line of each row
+    for (int64_t k = 0; k < K; k += block) {
+        const int64_t end = std::min(k + block, K);
+        for (int64_t i = 0; i < there; i++) {
+            for (int64_t j = k; j < end; j++) out[j * W + i] = x.at(first + i, k0 + j) * scale;
+        }
+        for (int64_t i = there; i < W; i++) {
+            for (int64_t j = k; j < end; j++) out[j * W + i] = 0.0f;
+        }
+    }
+}
+
+template <int W>
+static void pack(const Matrix& m, int64_t first, int64_t k0, int64_t K, float scale, float* out) {
+    m.bf16 ? pack_as<W, true>(m, first, k0, K, scale, out) : pack_as<W, false>(m, first, k0, K, scale, out);
+}
+
+struct Tile {
+    Vec at[ROWS][2];
+};
+
+// t += a b, a ROWS x K and b K x PANEL. a(i, k) is at a[k * stride + i] where the ROWS of a column lie
+// TOGETHER, else at a[i * stride + k]; b at b[k * PANEL + j].
+template <bool TOGETHER>
+static inline __attribute__((always_inline)) void add_product(Tile& t, const float* a, int64_t stride, const float* b,
+                                                              int64_t K) {
+    for (int64_t k = 0; k < K; k++) {
+        const Vec b0 = load(b + k * PANEL), b1 = load(b + k * PANEL + LANES);
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            const Vec x = splat(TOGETHER ? a[k * stride + i] : a[i * stride + k]);
+            t.at[i][0] += x * b0;
+            t.at[i][1] += x * b1;
+        }
+    }
+}

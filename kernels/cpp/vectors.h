@@ -1,0 +1,63 @@
+// Vectors of the processor's width, by the compiler's vector extensions: no intrinsics, any processor.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 12;  // 24 of 32 registers accumulate a tile
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 6;  // 12 of 16
+#else
+constexpr int LANES = 4, ROWS = 8;  // 16 of 32 (NEON)
+#endif
+constexpr int PANEL = 2 * LANES;  // columns of a tile
+
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t Int __attribute__((vector_size(LANES * 4)));
+
+static inline Vec splat(float x) { return x - Vec{}; }
+
+static inline Vec load(const float* from) {
+    Vec v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+static inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+// e^x for x <= 0, 0 below -87: Cephes' polynomial after x = n ln 2 + r. NaN stays NaN.
+static inline Vec exp_(Vec x) {
+    const Int small = x < splat(-87.0f);
+    const Vec bounded = small ? splat(-87.0f) : x;
+    const Vec shifted = bounded * 1.44269504f + 12582912.0f;  // + 1.5 * 2^23 rounds to an integer
+    const Vec n = shifted - 12582912.0f;
+    const Vec r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
+    Vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const Int power = ((Int)shifted << 23) + (127 << 23);  // 2^n, bit by bit
+    return small ? Vec{} : p * (Vec)power;
+}
+
+static inline float exp_(float x) { return std::exp(x); }
+
+static inline Vec max_(Vec a, Vec b) { return a > b ? a : b; }
+static inline float max_(float a, float b) { return b > a || b != b ? b : a; }
+
+static inline float sum(Vec v) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; lane++) total += v[lane];
+    return total;
+}
+
+static inline float most(Vec v) {
+    float found = v[0];
+    for (int lane = 1; lane < LANES; lane++) found = max_(found, v[lane]);
+    return found;
+}
