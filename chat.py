@@ -19,7 +19,7 @@ def main(config: ChatConfig) -> None:
     print(
         f"{config.model}: type a {'message' if config.task == 'hh' else 'post'}; empty line: start over, Ctrl-D: leave"
     )
-    sampling = Sampling(config.max_new, config.temperature, tokenizer.eos, tokenizer.pad)
+    sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
     history, turn = "", 0
     while True:
         try:

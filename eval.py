@@ -48,14 +48,14 @@ def sample(
     config: EvalConfig,
 ) -> list[dict[str, Any]]:
     """One response per prompt with all that is measured on it; the same draws for every policy."""
-    sampling = Sampling(config.max_new, config.temperature, tokenizer.eos, tokenizer.pad)
+    sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
     found = []
     for start in progress(range(0, len(pairs), config.batch), f"sample {name}", leave=False):
         part = pairs[start : start + config.batch]
         prompts = [p.prompt for p in part]
         draw = generator(config.seed, "eval", start)
         samples = generate(policy, prompts, sampling, draw)
-        batch = make_batch(list(zip(prompts, samples.responses, strict=True)), tokenizer.pad)
+        batch = make_batch(list(zip(prompts, samples.responses, strict=True)))
         tokens = compare(policy, base, batch, config.temperature or 1.0)
         rewards, kl = score(rm, batch), tokens.kl.sum(1)
         for i, pair in enumerate(part):
@@ -83,7 +83,7 @@ def dataset_responses(rm: ScalarModel, tokenizer: Tokenizer, pairs: Sequence[Pai
     found = []
     for start in range(0, len(pairs), batch):
         part = pairs[start : start + batch]
-        rewards = score(rm, make_batch([(p.prompt, p.chosen) for p in part], tokenizer.pad))
+        rewards = score(rm, make_batch([(p.prompt, p.chosen) for p in part]))
         for pair, reward in zip(part, rewards, strict=True):
             row = pair.row
             found.append(

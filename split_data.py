@@ -58,7 +58,7 @@ def main(config: SplitConfig) -> None:
     tokenizer, models = load_tokenizer(folders[0]), ensemble(folders)
     rows = read_rows(Path(config.data) / "train.jsonl")
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
-    scores = [score_all(rm, pairs, config.batch, tokenizer.pad) for rm in models]
+    scores = [score_all(rm, pairs, config.batch) for rm in models]
     chosen, rejected = (torch.stack(s) for s in zip(*scores, strict=True))  # (K, N) each
     gaps = (chosen - rejected).mean(0)
     log_odds = ((chosen - rejected) * torch.stack([rm.score_std for rm in models])[:, None]).mean(0)

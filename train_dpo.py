@@ -26,21 +26,20 @@ TIE = 1e-3  # nats by which the log-probs of one model, computed twice, may diff
 
 
 @torch.no_grad()
-def reference_logps(ref: Llama, pairs: list[Pair], batch: int, pad: int) -> RefLogps:
+def reference_logps(ref: Llama, pairs: list[Pair], batch: int) -> RefLogps:
     """Log-probs of both responses under the reference, once, by row id."""
     ref.eval()
     cache: RefLogps = {}
-    order = sorted(pairs, key=lambda p: p.length)
-    for start in progress(range(0, len(order), batch), "reference", leave=False):
-        part = order[start : start + batch]
-        chosen, rejected = sequence_logps(ref, pair_batch(part, pad)).chunk(2)
+    for start in progress(range(0, len(pairs), batch), "reference", leave=False):
+        part = pairs[start : start + batch]
+        chosen, rejected = sequence_logps(ref, pair_batch(part)).chunk(2)
         cache |= {p.row.id: (float(c), float(r)) for p, c, r in zip(part, chosen, rejected, strict=True)}
     return cache
 
 
-def pair_logps(model: Llama, pairs: list[Pair], cache: RefLogps, pad: int, mean_log_ratio: float = 0.0) -> PairLogps:
+def pair_logps(model: Llama, pairs: list[Pair], cache: RefLogps, mean_log_ratio: float = 0.0) -> PairLogps:
     """Everything a loss may ask for: chosen and rejected in one forward, the reference's cached."""
-    chosen, rejected = sequence_logps(model, pair_batch(pairs, pad)).chunk(2)
+    chosen, rejected = sequence_logps(model, pair_batch(pairs)).chunk(2)
     ref = torch.tensor([cache.get(p.row.id, (0.0, 0.0)) for p in pairs])
     return PairLogps(
         chosen=chosen,
@@ -95,16 +94,16 @@ def main(config: DPOConfig) -> None:
     print(f"{stage.out.name}: rows {counts}")
     cache: RefLogps = {}
     if not objective.reference_free:
-        cache = reference_logps(load_model(config.ref or config.model), pairs, config.batch, tokenizer.pad)
+        cache = reference_logps(load_model(config.ref or config.model), pairs, config.batch)
 
     with torch.no_grad():
-        first = pair_logps(model, pairs[: config.microbatch], cache, tokenizer.pad)
+        first = pair_logps(model, pairs[: config.microbatch], cache)
     if not config.ref and cache:
         self_check(first)
     log_ratios = RunningMean(config.batch)
 
     def loss_sums(part: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
-        logps = pair_logps(model, part, cache, tokenizer.pad, log_ratios.value)
+        logps = pair_logps(model, part, cache, log_ratios.value)
         log_ratios.add((logps.s_w + logps.s_l).detach() / 2)
         metrics = pair_metrics(logps, config.beta)
         return objective.losses(logps).sum(), {k: v.sum() for k, v in metrics.items()}

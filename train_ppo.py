@@ -90,7 +90,7 @@ def main(config: PPOConfig) -> None:
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
     print(f"{stage.out.name}: prompts {counts}")
     batches = prompt_batches([p.prompt for p in pairs], config)
-    sampling = Sampling(config.max_new, config.temperature, tokenizer.eos, tokenizer.pad)
+    sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
     kl_coef, kept = config.kl_coef, milestones(config.iterations, config.keep)
 
     bar = progress(range(config.iterations), stage.out.name)

@@ -26,14 +26,14 @@ from mpo.training import batches_of, setup_torch, train
 NORMALISE_ON = 1000  # SFT-reference responses whose scores get mean 0 and std 1
 
 
-def normalise(rm: ScalarModel, pairs: list[Pair], batch: int, pad: int) -> tuple[float, float]:
+def normalise(rm: ScalarModel, pairs: list[Pair], batch: int) -> tuple[float, float]:
     """Shift and scale so that SFT-reference (chosen) responses score 0 on average, with std 1.
 
     So a gap, and the price of KL in PPO, mean the same whatever the reward model's own scale
     (2403.17031 shifts; scaling too is common). Times std, a gap is the log-odds of the label.
     Returns mean and std before.
     """
-    chosen, _ = score_all(rm, pairs[:NORMALISE_ON], batch, pad)
+    chosen, _ = score_all(rm, pairs[:NORMALISE_ON], batch)
     with torch.no_grad():
         rm.score_mean += chosen.mean()
         rm.score_std *= chosen.std()
@@ -65,7 +65,7 @@ def probe(rm: ScalarModel, tokenizer: Tokenizer, sheet: Path, config: RMConfig) 
     found = []
     for (kind, mistake), rows in groups.items():
         pairs, _ = encode(rows, tokenizer, config.max_prompt, 2 * config.max_response)
-        right, wrong = score_all(rm, pairs, config.microbatch, tokenizer.pad)
+        right, wrong = score_all(rm, pairs, config.microbatch)
         above = float((right > wrong).float().mean())
         found.append(
             {
@@ -94,7 +94,7 @@ def main(config: RMConfig) -> None:
         raise InputError(f"{config.data}/train.jsonl: not every row has a margin, which --use_margin needs")
 
     def loss_sums(pairs: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
-        chosen, rejected = score_pairs(rm, pairs, tokenizer.pad)
+        chosen, rejected = score_pairs(rm, pairs)
         margin = torch.tensor([p.row.margin for p in pairs]) if config.use_margin else 0.0
         losses = bradley_terry(chosen, rejected, margin, config.label_smoothing)
         if config.centring:
@@ -103,8 +103,8 @@ def main(config: RMConfig) -> None:
 
     batches = batches_of(splits["train"], config.batch, config.epochs, config.seed)
     last = train(rm, batches, loss_sums, lambda pair: 1.0, config, stage)
-    mean, std = normalise(rm, splits["train"], config.microbatch, tokenizer.pad)
-    chosen, rejected = score_all(rm, splits["test"], config.microbatch, tokenizer.pad)
+    mean, std = normalise(rm, splits["train"], config.microbatch)
+    chosen, rejected = score_all(rm, splits["test"], config.microbatch)
     results = held_out(chosen - rejected, std, config.seed)
     print(
         f"rm: held-out accuracy {interval(results['accuracy'], 3)}, log-loss {results['log_loss']:.3f}, "

@@ -52,12 +52,12 @@ def sequence(pair: Pair, loss_on: str) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def held_out_loss(model: Llama, pairs: list[Pair], batch: int, pad: int) -> float:
+def held_out_loss(model: Llama, pairs: list[Pair], batch: int) -> float:
     """Mean negative log-prob of the chosen responses' tokens."""
     model.eval()
     total, tokens = 0.0, 0
     for start in range(0, len(pairs), batch):
-        lp = response_logprobs(model, make_batch([(p.prompt, p.chosen) for p in pairs[start : start + batch]], pad))
+        lp = response_logprobs(model, make_batch([(p.prompt, p.chosen) for p in pairs[start : start + batch]]))
         total, tokens = total - float(lp.logp.sum()), tokens + int(lp.mask.sum())
     return total / tokens
 
@@ -79,7 +79,7 @@ def main(config: SFTConfig) -> None:
         print(f"sft: {split} rows {counts}")
 
     def loss_sums(pairs: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = make_batch([sequence(p, config.loss_on) for p in pairs], tokenizer.pad)
+        batch = make_batch([sequence(p, config.loss_on) for p in pairs])
         return -response_logprobs(model, batch).logp.sum(), {}
 
     def tokens(pair: Pair) -> float:
@@ -87,7 +87,7 @@ def main(config: SFTConfig) -> None:
 
     batches = batches_of(splits["train"], config.batch, config.epochs, config.seed)
     last = train(model, batches, loss_sums, tokens, config, stage)
-    loss = held_out_loss(model, splits["test"], config.batch, tokenizer.pad)
+    loss = held_out_loss(model, splits["test"], config.batch)
     print(f"sft: held-out loss {loss:.3f} nats per response token")
     save_model(stage.out, model)
     tokenizer.save(stage.out)

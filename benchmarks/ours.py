@@ -19,8 +19,6 @@ from mpo.scoring import score_pairs
 from mpo.training import adamw, optimiser_step, setup_torch
 from train_dpo import pair_logps, reference_logps
 
-PAD = w.SHAPE["pad_token_id"]
-
 
 def model(seed: int) -> Llama:
     """The workload's model with random weights."""
@@ -39,11 +37,11 @@ def dpo(cached: bool) -> Callable[[], object]:
     """A DPO step; the reference's log-probs computed in the step, or once before."""
     policy, ref = model(0), model(0)
     optimiser, rows = adamw(policy, w.LR, 0.0), pairs()
-    cache = reference_logps(ref, rows, w.PAIRS, PAD)
+    cache = reference_logps(ref, rows, w.PAIRS)
 
     def step() -> None:
-        found = cache if cached else reference_logps(ref, rows, w.PAIRS, PAD)
-        logps = pair_logps(policy, rows, found, PAD)
+        found = cache if cached else reference_logps(ref, rows, w.PAIRS)
+        logps = pair_logps(policy, rows, found)
         PREFERENCE_LOSSES["sigmoid"](logps, w.BETA).mean().backward()
         optimiser_step(optimiser, policy, w.LR, 1.0)
 
@@ -56,7 +54,7 @@ def reward() -> Callable[[], object]:
     optimiser, rows = adamw(rm, w.LR, 0.0), pairs()
 
     def step() -> None:
-        bradley_terry(*score_pairs(rm, rows, PAD), 0.0, 0.0).mean().backward()
+        bradley_terry(*score_pairs(rm, rows), 0.0, 0.0).mean().backward()
         optimiser_step(optimiser, rm, w.LR, 1.0)
 
     return step
@@ -65,7 +63,7 @@ def reward() -> Callable[[], object]:
 def generation() -> Callable[[], object]:
     """A batch of responses, all of full length."""
     policy, prompts = model(0), w.tokens(w.ROLLOUT, w.PROMPT)
-    sampling = Sampling(w.RESPONSE, 1.0, eos=-1, pad=PAD)  # no token ends a response
+    sampling = Sampling(w.RESPONSE, 1.0, eos=-1)  # no token ends a response
     draw = torch.Generator().manual_seed(0)
     return lambda: generate(policy, prompts, sampling, draw)
 

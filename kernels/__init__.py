@@ -1,4 +1,4 @@
-"""Kernels: linear layers, log-probs of tokens, exact KL, sampling. Knows nothing of mpo.
+"""Kernels: a transformer's layers, log-probs of tokens, exact KL, sampling. Knows nothing of mpo.
 
 Every public function takes `impl=`: the name of an implementation, or None for the best one here.
 "reference" (reference.py) is the definition in plain torch, and what MPO_KERNELS=reference in the
@@ -16,6 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kernels import chunked, reference
+from kernels.pieces import Pieces as Pieces
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
 try:
@@ -54,6 +55,43 @@ def _implementation(impl: str | None, function: str, *tensors: Tensor) -> Module
 def linear(x: Tensor, weight: Tensor, impl: str | None = None) -> Tensor:
     """x (..., K) times weight (N, K) transposed -> (..., N), differentiable in both."""
     result: Tensor = _implementation(impl, "linear", x, weight).linear(x, weight)
+    return result
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str | None = None) -> Tensor:
+    """x (N, D) over its root mean square, times weight (D,) -> (N, D) (1910.07467); differentiable in both."""
+    result: Tensor = _implementation(impl, "rms_norm", x, weight).rms_norm(x, weight, eps)
+    return result
+
+
+def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
+    """silu(gate) * up, all (N, F) (2002.05202); differentiable in both."""
+    result: Tensor = _implementation(impl, "swiglu", gate, up).swiglu(gate, up)
+    return result
+
+
+def rotate(x: Tensor, angles: Tensor, impl: str | None = None) -> Tensor:
+    """Rotary positions (2104.09864): x (N, H, d), angles (N, d/2) -> (N, H, d); differentiable in x."""
+    result: Tensor = _implementation(impl, "rotate", x, angles).rotate(x, angles)
+    return result
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, impl: str | None = None) -> Tensor:
+    """Causal attention within packed texts (pieces.py), with grouped queries (2305.13245).
+
+    Args: q (N, H, d); k, v (N, H_kv, d), each head of which serves H / H_kv query heads.
+    Returns: (N, H, d); differentiable in all three.
+    """
+    result: Tensor = _implementation(impl, "attention", q, k).attention(q, k, v, pieces)
+    return result
+
+
+def kv_cache(
+    layers: int, rows: int, length: int, heads: int, dim: int, like: Tensor, impl: str | None = None
+) -> reference.KVCache:
+    """An empty cache (reference.KVCache) for `rows` texts of at most `length` tokens, of the type of `like`."""
+    module = _implementation(impl, "KVCache", like, like)
+    result: reference.KVCache = module.KVCache(layers, rows, length, heads, dim, like)
     return result
 
 

@@ -9,10 +9,76 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.pieces import Pieces
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T."""
     return F.linear(x, weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, with the statistics in fp32."""
+    return F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype) * weight
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, where silu(x) = x / (1 + e^-x)."""
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + d/2]) by its angle."""
+    angles = angles[:, None]  # (N, 1, d/2): the same for all heads
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _by_piece(x: Tensor, index: Tensor, heads: int) -> Tensor:
+    """(N, H_kv, d), at the places (S, T), each head as often as it takes to make `heads`: (S, heads, T, d)."""
+    found = x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)  # (S, H_kv, T, d)
+    return found.repeat_interleave(heads // found.shape[1], 1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, over the keys that each token sees."""
+    H, at = q.shape[1], pieces.padded
+    keys, values = (_by_piece(x, torch.cat((at.before, at.own), 1), H) for x in (k, v))  # (S, H, P + T, d)
+    out = F.scaled_dot_product_attention(_by_piece(q, at.own, H), keys, values, attn_mask=at.visible[:, None])
+    return out.transpose(1, 2)[at.real]  # (N, H, d)
+
+
+class KVCache:
+    """Keys and values of B texts that grow by a token a step, for generation; without gradients."""
+
+    def __init__(self, layers: int, rows: int, length: int, heads: int, dim: int, like: Tensor):
+        self.store = torch.zeros(layers, 2, rows, length, heads, dim, dtype=like.dtype, device=like.device)
+        self.lengths = torch.zeros(rows, dtype=torch.long)  # (B,): tokens stored so far
+
+    def fill(self, layer: int, k: Tensor, v: Tensor, pieces: Pieces) -> None:
+        """Store the beginnings of all rows: keys and values (N, H_kv, d) of B roots."""
+        at = pieces.padded
+        for store, x in zip(self.store[layer], (k, v), strict=True):
+            store[:, : at.own.shape[1]] = x[at.own]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store one more token of each row, k and v (B, H_kv, d), and attend from it: q (B, H, d) -> (B, H, d)."""
+        rows, H = torch.arange(len(q)), q.shape[1]
+        self.store[layer, 0, rows, self.lengths], self.store[layer, 1, rows, self.lengths] = k, v
+        longest = int(self.lengths.max()) + 1
+        visible = torch.arange(longest) <= self.lengths[:, None]  # (B, T)
+        keys, values = (x[:, :longest].transpose(1, 2).repeat_interleave(H // x.shape[2], 1) for x in self.store[layer])
+        mask = visible[:, None, None]
+        return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
+
+    def advance(self, tokens: Tensor | int = 1) -> None:
+        """Once all layers have stored them: count the new tokens."""
+        self.lengths = self.lengths + tokens
+
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows only, in this order; a row may be taken more than once."""
+        self.store, self.lengths = self.store[:, :, rows], self.lengths[rows]
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

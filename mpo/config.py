@@ -153,7 +153,7 @@ class PPOConfig(Training):
     keep: int = 0  # also keep this many models on the way, equally far apart, in step-N folders
     batch: int = 128  # prompts of one rollout
     minibatch: int = 64  # rows of one optimiser step; must divide batch
-    microbatch: int = 16  # rows that fit in memory at once; must divide minibatch; of like length
+    microbatch: int = 16  # rows that fit in memory at once; must divide minibatch
     epochs: int = 2  # passes over a rollout
     max_new: int = 64  # response tokens; a response without EOS by then is unfinished
     temperature: float = 1.0  # divides the logits in sampling and in every log-prob alike

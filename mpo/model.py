@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from kernels import Pieces
+from kernels.reference import KVCache
 
 
 @dataclass(frozen=True)
@@ -64,23 +65,6 @@ PRESETS = {  # the vocabulary comes from the tokenizer
 }
 
 
-class KVCache:
-    """Keys and values of past positions, (layers, 2, B, H_kv, T_max, d), of fixed size; under no_grad only."""
-
-    def __init__(self, config: LlamaConfig, batch: int, length: int, like: Tensor):
-        shape = (config.num_hidden_layers, 2, batch, config.num_key_value_heads, length, config.head_dim)
-        self.store = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self.length = 0  # positions filled so far
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values (B, H_kv, T, d) of one layer; return all of that layer so far."""
-        end = self.length + k.shape[2]
-        keys, values = self.store[layer]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end], values[:, :, :end]
-
-
 def rotary_frequencies(config: LlamaConfig) -> Tensor:
     """The d/2 angular frequencies of the rotary embedding, with llama3's scaling where asked for."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
@@ -96,12 +80,6 @@ def rotary_frequencies(config: LlamaConfig) -> Tensor:
     return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[i], x[i + d/2]) by its position's angle; x (B, H, T, d), cos/sin (B, 1, T, d)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, with the statistics in fp32."""
 
@@ -111,8 +89,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)"""
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+        """(N, D) -> (N, D)"""
+        return kernels.rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -122,7 +100,7 @@ class Linear(nn.Linear):
         super().__init__(inputs, outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., inputs) -> (..., outputs)"""
+        """(N, inputs) -> (N, outputs)"""
         return kernels.linear(x, self.weight)
 
 
@@ -137,23 +115,19 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        """x (B, T, D) -> (B, T, D); mask (B, 1, T, past + T), True = may attend; None: causal."""
-        B, T, _ = x.shape
-        heads = (B, T, -1, self.config.head_dim)
-        q = self.q_proj(x).view(heads).transpose(1, 2)  # (B, H, T, d)
-        k = self.k_proj(x).view(heads).transpose(1, 2)  # (B, H_kv, T, d)
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # (B, H_kv, T, d)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        groups = self.config.num_attention_heads // self.config.num_key_value_heads
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, T_all, d)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+    def forward(self, x: Tensor, angles: Tensor, pieces: Pieces | None, cache: KVCache | None, layer: int) -> Tensor:
+        """x (N, D) -> (N, D); see Trunk.forward."""
+        heads = (len(x), -1, self.config.head_dim)
+        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)  # (N, H, d)
+        q, k = kernels.rotate(q, angles), kernels.rotate(k, angles)
+        if pieces is None:
+            assert cache is not None
+            out = cache.attend(layer, q, k, v)
+        else:
+            if cache is not None:
+                cache.fill(layer, k, v, pieces)
+            out = kernels.attention(q, k, v, pieces)
+        return self.o_proj(out.reshape(len(x), -1))
 
 
 class MLP(nn.Module):
@@ -166,8 +140,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) -> (B, T, D)"""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        """(N, D) -> (N, D)"""
+        return self.down_proj(kernels.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -180,11 +154,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        """(B, T, D) -> (B, T, D)"""
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+    def forward(self, x: Tensor, angles: Tensor, pieces: Pieces | None, cache: KVCache | None, layer: int) -> Tensor:
+        """(N, D) -> (N, D)"""
+        x = x + self.self_attn(self.input_layernorm(x), angles, pieces, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -201,29 +173,23 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.register_buffer("frequencies", rotary_frequencies(c), persistent=False)
 
-    def forward(
-        self,
-        ids: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Hidden states (B, T, D) of token ids (B, T).
+    def forward(self, ids: Tensor, pieces: Pieces | None = None, cache: KVCache | None = None) -> Tensor:
+        """Hidden states (N, D) of token ids (N,), packed end to end.
 
-        Args: positions (B, T), where a token stands in its own sequence: 0.. from the left
-        unless given, as it must be with padding on the left; mask (B, 1, T, past + T), True =
-        may attend, causal without one; cache, which is read, filled and advanced.
+        Args: pieces, the texts that they make up; cache, which is filled on the way. Without
+        pieces, ids are one more token of each of the texts in a cache that was filled before.
         """
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
-        angles = positions[..., None].float() * self.frequencies  # (B, T, d/2)
-        angles = torch.cat((angles, angles), dim=-1)[:, None]  # (B, 1, T, d)
-        x = self.embed_tokens(ids)  # (B, T, D)
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        if pieces is None:
+            assert cache is not None
+            positions = cache.lengths
+        else:
+            positions = pieces.positions
+        angles = positions[:, None].to(ids.device).float() * self.frequencies  # (N, d/2)
+        x = self.embed_tokens(ids)  # (N, D)
         for i, block in enumerate(self.layers):
-            x = block(x, rope, mask, cache, i)
+            x = block(x, angles, pieces, cache, i)
         if cache is not None:
-            cache.length += ids.shape[1]
+            cache.advance(1 if pieces is None else pieces.lengths)
         return self.norm(x)
 
 
@@ -238,13 +204,19 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids: Tensor, **kwargs: Any) -> Tensor:
-        """(B, T) -> hidden states (B, T, D); see Trunk.forward."""
-        return self.model(ids, **kwargs)
+    def forward(self, ids: Tensor, pieces: Pieces | None = None, cache: KVCache | None = None) -> Tensor:
+        """(N,) -> hidden states (N, D); see Trunk.forward."""
+        return self.model(ids, pieces, cache)
 
     def logits(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, V): for tests and reading; training never holds this tensor whole."""
-        return self.lm_head(self.model(ids))
+        return self.lm_head(self.model(ids.flatten(), Pieces([ids.shape[1]] * len(ids)))).unflatten(0, ids.shape)
+
+    def kv_cache(self, rows: int, length: int) -> KVCache:
+        """For `rows` texts of at most `length` tokens."""
+        c = self.config
+        sizes = c.num_hidden_layers, rows, length, c.num_key_value_heads, c.head_dim
+        return kernels.kv_cache(*sizes, self.lm_head.weight)
 
 
 class ScalarModel(nn.Module):
@@ -261,9 +233,9 @@ class ScalarModel(nn.Module):
     score_mean: Tensor
     score_std: Tensor
 
-    def forward(self, ids: Tensor, **kwargs: Any) -> Tensor:
-        """(B, T) -> (B, T) in fp32."""
-        raw = self.score(self.model(ids, **kwargs)).squeeze(-1).float()
+    def forward(self, ids: Tensor, pieces: Pieces) -> Tensor:
+        """(N,) -> (N,) in fp32; see Trunk.forward."""
+        raw = self.score(self.model(ids, pieces)).squeeze(-1).float()
         return (raw - self.score_mean) / self.score_std
 
 

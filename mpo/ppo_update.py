@@ -54,7 +54,7 @@ def policy_terms(
     ratio be 1.
     """
     batch = data.rollout.batch.rows(index)
-    R = int(batch.response_len.max())
+    R = batch.response_mask.shape[1]
     old = data.rollout.tokens
     mask, old_logp, ref_logp = old.mask[index, :R], old.logp[index, :R], old.ref_logp[index, :R]
     in_loss = config.kl_in == "loss"
@@ -74,7 +74,7 @@ def policy_terms(
 def value_terms(critic: Critic, data: Update, index: Tensor, config: PPOConfig) -> Tensor:
     """The critic's loss per token (b, R) on some rows of the rollout."""
     batch = data.rollout.batch.rows(index)
-    R = int(batch.response_len.max())
+    R = batch.response_mask.shape[1]
     assert data.rollout.values is not None
     assert data.returns is not None
     old_values, returns = data.rollout.values[index, :R], data.returns[index, :R]
@@ -105,13 +105,12 @@ def update(learner: Learner, data: Update, iteration: int, config: PPOConfig) ->
         learner.critic.model.train()
     share = learning_rate(iteration, config.iterations, 1.0, config.warmup, config.final_lr)
     policy_lr = 0.0 if learner.critic and iteration < config.critic_warmup else share * config.lr
-    mask, length = data.rollout.tokens.mask, data.rollout.batch.last
+    mask = data.rollout.tokens.mask
     sums: Counter[str] = Counter()  # of floats
     steps = 0
     for epoch in range(config.epochs):
         order = torch.randperm(config.batch, generator=generator(config.seed, f"minibatches/{iteration}", epoch))
-        for drawn in order.split(config.minibatch):
-            chosen = drawn[length[drawn].argsort()]  # microbatches of like length waste little on padding
+        for chosen in order.split(config.minibatch):
             weights = ppo.token_weights(mask[chosen], config.advantage, config.max_new)
             for index, part in zip(chosen.split(config.microbatch), weights.split(config.microbatch), strict=True):
                 metrics = accumulate(learner, data, index, part, steps == 0, config)

@@ -32,7 +32,7 @@ class Rollout:
 
 def state_values(critic: ScalarModel, batch: Batch) -> Tensor:
     """(B, R): the critic's value of the state in which each response token was chosen."""
-    return critic(batch.ids).gather(1, batch.response_positions - 1) * batch.response_mask
+    return batch.spread(critic(batch.ids, batch.pieces)[batch.before])
 
 
 @torch.no_grad()
@@ -54,11 +54,11 @@ def roll_out(
     for model in filter(None, (policy, ref, rm, critic)):
         model.eval()
     samples = generate(policy, prompts, sampling, generator)
-    batch = make_batch(list(zip(prompts, samples.responses, strict=True)), sampling.pad)
+    batch = make_batch(list(zip(prompts, samples.responses, strict=True)))
     B, R = batch.response_mask.shape
     columns = {name: torch.zeros(B, R) for name in ("logp", "ref_logp", "kl", "entropy", "values")}
     scores = torch.zeros(B)
-    for index in batch.last.argsort().split(microbatch):  # rows of like length: little padding
+    for index in torch.arange(B).split(microbatch):
         part = batch.rows(index)
         found = compare(policy, ref, part, sampling.temperature)._asdict()
         found |= {} if critic is None else {"values": state_values(critic, part)}

@@ -1,8 +1,7 @@
 """Batched generation with a KV cache.
 
-Prompts are padded on the left, so that every row's next token lands in the same column;
-positions count real tokens and the mask hides pads, so that padding changes nothing. Rows that
-have said EOS leave the batch once they are the majority.
+Prompts are packed end to end, equal ones are computed once, and every row's cache has a length of
+its own, so that nothing is padded. Rows that have said EOS leave the batch at once.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 import kernels
-from mpo.model import KVCache, Llama
+from kernels import Pieces
+from mpo.model import Llama
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,6 @@ class Sampling:
     max_new: int  # tokens of a response at most, EOS included
     temperature: float  # 0: always the likeliest token
     eos: int
-    pad: int
 
 
 @dataclass(frozen=True)
@@ -48,14 +47,6 @@ def next_tokens(hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: fl
     return best.indices, best.values
 
 
-def _left_padded(prompts: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids (B, P) and which of them are real (B, P)."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
-    real = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts])
-    return ids, real
-
-
 @torch.no_grad()
 def generate(
     model: Llama,
@@ -65,36 +56,33 @@ def generate(
 ) -> Samples:
     """Sample one response for each prompt (lists of ids with BOS)."""
     model.eval()
-    max_new, eos = sampling.max_new, sampling.eos
-    ids, real = _left_padded(prompts, sampling.pad)
-    B, P = ids.shape
+    B, max_new, eos = len(prompts), sampling.max_new, sampling.eos
     uniforms = torch.rand(B, max_new, generator=generator)  # a row's draws do not depend on the others
-    positions = (real.cumsum(1) - 1).clamp(min=0)  # (B, P)
-    causal = torch.ones(P, P, dtype=torch.bool).tril()
-    mask = causal & real[:, None, :] | torch.eye(P, dtype=torch.bool)  # a pad sees itself: no NaN
-    cache = KVCache(model.config, B, P + max_new, model.lm_head.weight)
-    hidden = model(ids, positions=positions, mask=mask[:, None], cache=cache)[:, -1]  # (B, D)
-    visible = torch.cat((real, torch.ones(B, max_new, dtype=torch.bool)), 1)  # (B, P + max_new)
-    position = real.sum(1)  # (B,): where the next token stands
+    number: dict[tuple[int, ...], int] = {}  # of each prompt among the different ones
+    of_row = torch.tensor([number.setdefault(tuple(p), len(number)) for p in prompts])
+    pieces = Pieces([len(p) for p in number])
+    cache = model.kv_cache(len(number), int(pieces.lengths.max()) + max_new)
+    hidden = model(torch.tensor([token for p in number for token in p]), pieces, cache)[pieces.last]
+    if len(number) < B:
+        hidden = hidden[of_row]  # (B, D)
+        cache.take(of_row)
 
     tokens = torch.full((B, max_new), eos)
     logps = torch.zeros(B, max_new)
     lengths = torch.full((B,), max_new)
-    rows = torch.arange(B)  # which prompts the current batch rows are
+    rows = torch.arange(B)  # those that still grow
     for step in range(max_new):
         token, logp = next_tokens(hidden, model.lm_head.weight, uniforms[rows, step], sampling.temperature)
-        open_ = lengths[rows] == max_new
-        tokens[rows[open_], step], logps[rows[open_], step] = token[open_], logp[open_]
-        lengths[rows[open_ & (token == eos)]] = step + 1
-        open_ &= token != eos
-        if not open_.any() or step == max_new - 1:
+        tokens[rows, step], logps[rows, step] = token, logp
+        ended = token == eos
+        if ended.any():
+            lengths[rows[ended]] = step + 1
+            going_on = (~ended).nonzero().squeeze(1)
+            rows, token = rows[going_on], token[going_on]
+            cache.take(going_on)
+        if not len(rows) or step == max_new - 1:
             break
-        if open_.sum() * 2 <= len(rows):
-            rows, token, position, visible = rows[open_], token[open_], position[open_], visible[open_]
-            cache.store = cache.store[:, :, open_]
-        mask = visible[:, None, None, : P + step + 1]  # (B, 1, 1, P + step + 1)
-        hidden = model(token[:, None], positions=position[:, None], mask=mask, cache=cache)[:, -1]
-        position = position + 1
+        hidden = model(token, cache=cache)
     return Samples(
         [t[:n] for t, n in zip(tokens.tolist(), lengths.tolist(), strict=True)],
         [x[:n] for x, n in zip(logps.tolist(), lengths.tolist(), strict=True)],

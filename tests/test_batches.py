@@ -1,27 +1,51 @@
-"""Fitting, padding and batching: masks from lengths, nothing cut silently."""
+"""Fitting, packing and batching: masks from lengths, nothing cut silently."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from kernels import Pieces
 from mpo.data.batches import encode, fit_prompt, make_batch, pair_batch, shuffled_batches
 from mpo.data.rows import Row
 from mpo.errors import InputError
 from mpo.world.build import build
 
 
-def test_masks_come_from_lengths_even_when_tokens_equal_pad():
-    batch = make_batch([([1, 5], [3, 3, 2]), ([1, 5, 6, 7], [2])], pad=3)
-    assert batch.ids.tolist() == [[1, 5, 3, 3, 2], [1, 5, 6, 7, 2]]
+def test_masks_come_from_lengths():
+    batch = make_batch([([1, 5], [3, 3, 2]), ([1, 5, 6, 7], [2])])
+    assert batch.ids.tolist() == [1, 5, 3, 3, 2, 1, 5, 6, 7, 2]
+    assert batch.pieces.lengths.tolist() == [2, 3, 4, 1]
     assert batch.response_mask.tolist() == [[True, True, True], [True, False, False]]
-    assert batch.response_positions.tolist() == [[2, 3, 4], [4, 4, 4]]
-    assert batch.last.tolist() == [4, 4]
+    assert batch.response_tokens.tolist() == [2, 3, 4, 9]
+    assert batch.before.tolist() == [1, 2, 3, 8]
+    assert batch.last.tolist() == [4, 9]
+    assert batch.spread(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [[1, 2, 3], [4, 0, 0]]
 
 
-def test_rows_of_a_batch_are_cut_to_the_longest_of_them():
-    batch = make_batch([([1], [4, 2]), ([1, 5, 6, 7], [8, 9, 2])], pad=3)
-    assert batch.rows(torch.tensor([0])).ids.tolist() == [[1, 4, 2]]
+def test_equal_prompts_stand_there_once():
+    sequences = [([1, 5], [3, 2]), ([1, 6], [2]), ([1, 5], [4, 4, 2])]
+    batch, plain = make_batch(sequences), make_batch(sequences, share=False)
+    assert batch.ids.tolist() == [1, 5, 3, 2, 4, 4, 2, 1, 6, 2]
+    assert batch.pieces.positions.tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1, 2]
+    assert batch.response_tokens.tolist() == [2, 3, 9, 4, 5, 6]
+    assert batch.before.tolist() == [1, 2, 8, 1, 4, 5]
+    assert batch.last.tolist() == [3, 9, 6]
+    assert len(plain.ids) == 12
+    assert torch.equal(plain.ids[plain.response_tokens], batch.ids[batch.response_tokens])
+    assert torch.equal(plain.ids[plain.before], batch.ids[batch.before])
+
+
+def test_rows_of_a_batch():
+    batch = make_batch([([1], [4, 2]), ([1, 5, 6, 7], [8, 9, 2])])
+    assert batch.rows(torch.tensor([1])).ids.tolist() == [1, 5, 6, 7, 8, 9, 2]
+
+
+def test_pieces_follow_their_root():
+    with pytest.raises(ValueError, match="piece 2: length 1, parent 0"):
+        Pieces([1, 1, 1], [-1, -1, 0])
+    with pytest.raises(ValueError, match="piece 0: length 0"):
+        Pieces([0])
 
 
 def test_a_long_dialogue_loses_its_oldest_turns(tokenizer):
@@ -68,7 +92,6 @@ def test_an_epoch_holds_every_row_once_and_depends_on_seed_and_epoch(tokenizer):
 
 def test_pair_batch_puts_chosen_before_rejected(tokenizer):
     pairs, _ = encode([Row("a", "\n\nHuman: Hi\n\nAssistant:", " Yes.", " No thanks.")], tokenizer, 40, 40)
-    batch = pair_batch(pairs, tokenizer.pad)
-    for i, response in enumerate((pairs[0].chosen, pairs[0].rejected)):
-        start, length = batch.prompt_len[i], batch.response_len[i]
-        assert batch.ids[i, start : start + length].tolist() == response
+    batch = pair_batch(pairs)
+    assert batch.pieces.lengths.tolist() == [len(pairs[0].prompt), len(pairs[0].chosen), len(pairs[0].rejected)]
+    assert batch.ids[batch.response_tokens].tolist() == pairs[0].chosen + pairs[0].rejected

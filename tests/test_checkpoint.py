@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from kernels import Pieces
 from mpo.checkpoint import load_model, load_scalar, save_model
 from mpo.errors import InputError
 from mpo.model import scalar_from
@@ -36,8 +37,8 @@ def test_scalar_model_round_trip(tmp_path):
     rm.score_mean += 1.5
     rm.score_std *= 0.7
     save_model(tmp_path, rm)
-    ids = torch.randint(0, 61, (2, 7))
-    assert torch.equal(load_scalar(tmp_path)(ids), rm(ids))
+    ids, pieces = torch.randint(0, 61, (9,)), Pieces([7, 2])
+    assert torch.equal(load_scalar(tmp_path)(ids, pieces), rm(ids, pieces))
     with pytest.raises(InputError, match=r"unexpected tensor 'score|lacks"):
         load_model(tmp_path)
 

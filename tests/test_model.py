@@ -1,4 +1,4 @@
-"""The transformer: padding, cache, real weights, and transformers as an oracle."""
+"""The transformer: packing, cache, real weights, and transformers as an oracle."""
 
 from __future__ import annotations
 
@@ -7,40 +7,48 @@ import json
 import pytest
 import torch
 
+from kernels import Pieces
 from mpo.checkpoint import load_model, save_model
-from mpo.model import PRESETS, KVCache, LlamaConfig, rotary_frequencies
+from mpo.model import PRESETS, LlamaConfig, rotary_frequencies
 from tests.conftest import STORIES, needs_stories, small_model
 
 
-def test_padding_on_the_right_changes_nothing():
+def test_a_text_is_the_same_alone_packed_with_others_and_in_pieces():
     model = small_model()
-    ids = torch.randint(0, 61, (2, 9))
-    alone = model(ids[:1, :5])
-    torch.testing.assert_close(model(ids)[:1, :5], alone, rtol=0, atol=1e-5)
+    texts = [torch.randint(0, 61, (n,)) for n in (5, 1, 9)]
+    alone = torch.cat([model(t, Pieces([len(t)])) for t in texts])
+    packed = model(torch.cat(texts), Pieces([5, 1, 9]))
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+    in_pieces = model(torch.cat(texts), Pieces([2, 3, 1, 4, 5], [-1, 0, -1, -1, 3]))
+    torch.testing.assert_close(in_pieces, alone, rtol=0, atol=1e-5)
 
 
-def test_padding_on_the_left_changes_nothing_with_positions_and_mask():
+def test_children_of_one_root_do_not_see_each_other():
     model = small_model()
-    ids = torch.randint(0, 61, (1, 6))
-    padded = torch.cat((torch.zeros(1, 4, dtype=torch.long), ids), 1)
-    real = torch.tensor([[False] * 4 + [True] * 6])
-    mask = torch.ones(10, 10, dtype=torch.bool).tril() & real[:, None] | torch.eye(10, dtype=torch.bool)
-    positions = (real.cumsum(1) - 1).clamp(min=0)
-    found = model(padded, positions=positions, mask=mask[:, None])[:, 4:]
-    torch.testing.assert_close(found, model(ids), rtol=0, atol=1e-5)
+    prompt, one, other = (torch.randint(0, 61, (n,)) for n in (4, 3, 6))
+    shared = model(torch.cat((prompt, one, other)), Pieces([4, 3, 6], [-1, 0, 0]))
+    for child, found in ((one, shared[4:7]), (other, shared[7:])):
+        alone = model(torch.cat((prompt, child)), Pieces([4 + len(child)]))[4:]
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()  # the cache is for inference
 def test_cache_gives_what_one_forward_gives():
     model = small_model()
-    ids = torch.randint(0, 61, (3, 8))
-    cache = KVCache(model.config, 3, 8, model.lm_head.weight)
-    parts = [model(ids[:, :5], cache=cache)]
-    for t in range(5, 8):
-        everything = torch.ones(3, 1, 1, t + 1, dtype=torch.bool)
-        position = torch.full((3, 1), t)
-        parts.append(model(ids[:, t : t + 1], positions=position, mask=everything, cache=cache))
-    torch.testing.assert_close(torch.cat(parts, 1), model(ids), rtol=0, atol=1e-5)
+    texts = [torch.randint(0, 61, (n,)) for n in (9, 5, 6)]
+    whole = [model(t, Pieces([len(t)])) for t in texts]
+    cache = model.kv_cache(3, 9)
+    starts = [6, 2, 3]
+    ids = torch.cat([t[:n] for t, n in zip(texts, starts, strict=True)])
+    first = model(ids, Pieces(starts), cache).split(starts)
+    torch.testing.assert_close(first[1], whole[1][:2], rtol=0, atol=1e-5)
+    for step in range(3):
+        found = model(torch.stack([t[n + step] for t, n in zip(texts, starts, strict=True)]), cache=cache)
+        expected = torch.stack([w[n + step] for w, n in zip(whole, starts, strict=True)])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        if step == 1:  # row 0 leaves
+            cache.take(torch.tensor([1, 2]))
+            texts, starts, whole = texts[1:], starts[1:], whole[1:]
 
 
 @needs_stories

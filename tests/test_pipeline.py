@@ -88,7 +88,7 @@ def test_the_report_shows_the_table_the_gaps_and_the_samples(hh_run):
 def test_the_reward_is_normalised_on_sft_references(hh_run):
     tokenizer = load_tokenizer(hh_run / "rm")
     pairs, _ = encode(read_rows(hh_run / "data" / "train.jsonl"), tokenizer, 384, 128)
-    chosen, _ = score_all(load_scalar(hh_run / "rm"), pairs, 16, tokenizer.pad)
+    chosen, _ = score_all(load_scalar(hh_run / "rm"), pairs, 16)
     assert chosen.mean().item() == pytest.approx(0, abs=1e-3)
     assert chosen.std().item() == pytest.approx(1, abs=1e-3)
 

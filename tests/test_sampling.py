@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from kernels import Pieces
 from mpo.checkpoint import load_model
 from mpo.data.batches import make_batch
 from mpo.errors import InputError
@@ -18,11 +19,11 @@ from mpo.sampling import Sampling, generate
 from tests.conftest import STORIES, needs_stories, small_model
 
 PROMPTS = [[1, 5, 9, 30], [1, 7], [1, 40, 41, 42, 43, 44, 45], [1, 8, 8], [1, 20]]
-EOS, PAD = 2, 3
+EOS = 2
 
 
 def draw(model, prompts=PROMPTS, temperature=1.0, seed=0, max_new=12):
-    return generate(model, prompts, Sampling(max_new, temperature, EOS, PAD), generator(seed, "test"))
+    return generate(model, prompts, Sampling(max_new, temperature, EOS), generator(seed, "test"))
 
 
 def eager_to_stop():
@@ -45,7 +46,7 @@ def test_sampled_log_probs_are_the_scored_ones(temperature):
     model = eager_to_stop()
     samples = draw(model, temperature=temperature, max_new=30)
     assert len({len(r) for r in samples.responses}) > 1  # rows of different lengths, or this shows little
-    batch = make_batch(list(zip(PROMPTS, samples.responses, strict=True)), PAD)
+    batch = make_batch(list(zip(PROMPTS, samples.responses, strict=True)))
     found = response_logprobs(model, batch, temperature)
     sampled = torch.cat([torch.tensor(x) for x in samples.logps])
     torch.testing.assert_close(found.logp[found.mask].detach(), sampled, rtol=0, atol=1e-4)
@@ -88,17 +89,28 @@ def test_a_long_run_of_draws_follows_the_distribution():
     assert ((counts - n * probabilities) / spread).abs().max() < 5
 
 
-def test_scoring_ignores_padding():
+def test_scoring_ignores_neighbours():
     model = small_model()
     short, long = ([1, 5], [6, 7, 2]), ([1] * 9, [8] * 11)
-    alone = response_logprobs(model, make_batch([short], PAD)).logp[0]
-    padded = response_logprobs(model, make_batch([short, long], PAD)).logp[0]
-    torch.testing.assert_close(padded[:3], alone, rtol=0, atol=1e-5)
-    assert padded[3:].abs().sum() == 0
+    alone = response_logprobs(model, make_batch([short])).logp[0]
+    found = response_logprobs(model, make_batch([short, long])).logp[0]
+    torch.testing.assert_close(found[:3], alone, rtol=0, atol=1e-5)
+    assert found[3:].abs().sum() == 0
+
+
+def test_equal_prompts_are_computed_once_and_sampled_apart():
+    model = eager_to_stop()
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    together = draw(model, prompts, max_new=30)
+    assert together.responses[0] == draw(model, PROMPTS[:1], max_new=30).responses[0]
+    assert len({tuple(together.responses[i]) for i in (0, 2, 3)}) == 3
+    found = response_logprobs(model, make_batch(list(zip(prompts, together.responses, strict=True)), share=False))
+    sampled = torch.cat([torch.tensor(x) for x in together.logps])
+    torch.testing.assert_close(found.logp[found.mask].detach(), sampled, rtol=0, atol=1e-4)
 
 
 def test_kl_to_itself_is_0_and_to_another_positive():
-    batch = make_batch([([1, 5], [6, 7, 2]), ([1, 9, 9], [4, 2])], PAD)
+    batch = make_batch([([1, 5], [6, 7, 2]), ([1, 9, 9], [4, 2])])
     same = compare(small_model(), small_model(), batch)
     assert same.kl.abs().max() < 1e-6
     other = compare(small_model(), small_model(seed=1), batch)
@@ -107,7 +119,7 @@ def test_kl_to_itself_is_0_and_to_another_positive():
 
 def test_rollout_checks_itself():
     model, rm = small_model(), scalar_from(small_model(seed=2), generator(0, "head"))
-    rollout = roll_out(model, model, rm, rm, PROMPTS, Sampling(6, 0.8, EOS, PAD), generator(0, "r"), 2)
+    rollout = roll_out(model, model, rm, rm, PROMPTS, Sampling(6, 0.8, EOS), generator(0, "r"), 2)
     assert rollout.tokens.kl.abs().max() < 1e-6
     assert rollout.values.shape == rollout.tokens.logp.shape
     with pytest.raises(InputError, match="sampling and scoring differ by"):
@@ -118,10 +130,11 @@ def test_rollout_checks_itself():
 
 def test_values_are_of_the_state_before_each_token():
     rm = scalar_from(small_model(), generator(0, "head"))
-    rollout = roll_out(
-        small_model(), small_model(), rm, rm, PROMPTS[:2], Sampling(5, 1.0, EOS, PAD), generator(0, "r"), 2
-    )
-    prompt = torch.tensor([PROMPTS[1]])
-    assert rollout.values[1, 0].item() == pytest.approx(rm(prompt)[0, -1].item(), abs=1e-5)
-    whole = torch.tensor([PROMPTS[1] + rollout.batch.ids[1, 2 : 2 + int(rollout.batch.response_len[1])].tolist()])
-    assert rollout.scores[1].item() == pytest.approx(rm(whole)[0, -1].item(), abs=1e-5)
+    rollout = roll_out(small_model(), small_model(), rm, rm, PROMPTS[:2], Sampling(5, 1.0, EOS), generator(0, "r"), 2)
+
+    def last_value(ids):
+        return rm(torch.tensor(ids), Pieces([len(ids)]))[-1].item()
+
+    assert rollout.values[1, 0].item() == pytest.approx(last_value(PROMPTS[1]), abs=1e-5)
+    whole = PROMPTS[1] + rollout.batch.sequences[1][1]
+    assert rollout.scores[1].item() == pytest.approx(last_value(whole), abs=1e-5)

@@ -24,7 +24,7 @@ def trained(tokenizer, tmp_path, microbatch):
     pairs, _ = encode(build("hh", 1, 40, 4)["train"], tokenizer, 300, 300)
 
     def loss_sums(part):
-        batch = make_batch([(p.prompt, p.chosen) for p in part], tokenizer.pad)
+        batch = make_batch([(p.prompt, p.chosen) for p in part])
         return -response_logprobs(model, batch).logp.sum(), {}
 
     stage = Stage(config, {}, config.out, False)

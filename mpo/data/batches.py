@@ -1,4 +1,4 @@
-"""From rows to token ids that fit, to batches: padded on the right, masks from lengths."""
+"""From rows to token ids that fit, to batches: packed end to end, masks from lengths."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels import Pieces
 from mpo.data.hh import HUMAN
 from mpo.data.rows import Row
 from mpo.errors import InputError
@@ -25,57 +26,57 @@ class Pair:
     chosen: list[int]
     rejected: list[int]
 
-    @property
-    def length(self) -> int:
-        """Tokens of the longer of the two sequences."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
-
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences, prompt then response, padded on the right to T tokens."""
+    """B sequences, prompt then response, packed without padding; M is the number of response tokens."""
 
-    ids: Tensor  # (B, T) int64
-    prompt_len: Tensor  # (B,)
-    response_len: Tensor  # (B,)
+    sequences: Sequence[tuple[list[int], list[int]]]
+    ids: Tensor  # (N,) int64
+    pieces: Pieces  # prompts, each followed by its responses
+    response_mask: Tensor  # (B, R): True on the tokens of each response; column 0 is its first token
+    response_tokens: Tensor  # (M,): where they stand in `ids`, response by response
+    before: Tensor  # (M,): where the token before each of them stands, whose hidden state predicts it
+    last: Tensor  # (B,): where each sequence's last token stands
 
-    @property
-    def response_mask(self) -> Tensor:
-        """(B, R): True on the tokens of each response; column 0 is its first token."""
-        steps = torch.arange(int(self.response_len.max()), device=self.ids.device)
-        return steps[None] < self.response_len[:, None]
+    def rows(self, index: Tensor) -> Batch:
+        """Some of the sequences."""
+        return make_batch([self.sequences[i] for i in index.tolist()])
 
-    @property
-    def response_positions(self) -> Tensor:
-        """(B, R): where each response token stands in `ids`; pads point at the last one."""
-        steps = torch.arange(int(self.response_len.max()), device=self.ids.device)[None]
-        last = self.response_len[:, None] - 1
-        return self.prompt_len[:, None] + torch.minimum(steps.expand(len(last), -1), last)
-
-    @property
-    def last(self) -> Tensor:
-        """(B,): position of each sequence's last token."""
-        return self.prompt_len + self.response_len - 1
-
-    def rows(self, index: Tensor | slice) -> Batch:
-        """Some of the sequences, cut to the longest of them."""
-        prompt_len, response_len = self.prompt_len[index], self.response_len[index]
-        longest = int((prompt_len + response_len).max())
-        return Batch(self.ids[index, :longest], prompt_len, response_len)
+    def spread(self, values: Tensor) -> Tensor:
+        """One value a response token (M,) as (B, R), zero where the mask is False; differentiable."""
+        zeros = torch.zeros(self.response_mask.shape, dtype=values.dtype, device=values.device)
+        return zeros.masked_scatter(self.response_mask, values)
 
 
-def make_batch(sequences: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
-    """Join (prompt ids, response ids) sequences into a Batch."""
-    longest = max(len(p) + len(r) for p, r in sequences)
-    ids = torch.tensor([p + r + [pad] * (longest - len(p) - len(r)) for p, r in sequences])
-    lengths = torch.tensor([(len(p), len(r)) for p, r in sequences])
-    return Batch(ids, lengths[:, 0], lengths[:, 1])
+def make_batch(sequences: Sequence[tuple[list[int], list[int]]], share: bool = True) -> Batch:
+    """Pack (prompt ids, response ids) sequences; with `share`, equal prompts stand there once."""
+    families: dict[tuple[int, ...], list[int]] = {}  # by prompt, the numbers of the sequences that have it
+    for i, (prompt, _) in enumerate(sequences):
+        families.setdefault(tuple(prompt) if share else (i,), []).append(i)
+    texts, parents, roots, children = list[list[int]](), list[int](), [0] * len(sequences), [0] * len(sequences)
+    for family in families.values():
+        root = len(texts)
+        texts.append(sequences[family[0]][0])
+        parents.append(-1)
+        for i in family:
+            roots[i], children[i] = root, len(texts)
+            texts.append(sequences[i][1])
+            parents.append(root)
+    pieces = Pieces([len(text) for text in texts], parents)
+    lengths, starts = pieces.lengths[children], pieces.starts[children]  # (B,) each, of the responses
+    steps = torch.arange(int(lengths.max()))  # (R,)
+    mask = steps < lengths[:, None]  # (B, R)
+    tokens = starts[:, None] + steps  # (B, R)
+    before = torch.where(steps > 0, tokens - 1, pieces.last[roots][:, None])
+    ids = torch.tensor([token for text in texts for token in text])
+    return Batch(sequences, ids, pieces, mask, tokens[mask], before[mask], pieces.last[children])
 
 
-def pair_batch(pairs: Sequence[Pair], pad: int) -> Batch:
-    """Chosen sequences first, then rejected ones, so that one forward scores both: 2B rows."""
+def pair_batch(pairs: Sequence[Pair]) -> Batch:
+    """Chosen sequences first, then rejected ones, so that one forward scores both: 2B rows, B prompts."""
     chosen = [(p.prompt, p.chosen) for p in pairs]
-    return make_batch(chosen + [(p.prompt, p.rejected) for p in pairs], pad)
+    return make_batch(chosen + [(p.prompt, p.rejected) for p in pairs])
 
 
 def fit_prompt(prompt: str, tokenizer: Tokenizer, most: int) -> tuple[list[int], int]:
@@ -120,14 +121,7 @@ def encode(
 
 
 def shuffled_batches(pairs: Sequence[Pair], batch: int, seed: int, epoch: int) -> Iterator[list[Pair]]:
-    """One epoch in full batches of pairs of similar length, in random order; a short rest is left out.
-
-    Sorting within chunks of 32 batches keeps padding low and the order random.
-    """
+    """One epoch in full batches, in random order; a short rest is left out."""
     order = torch.randperm(len(pairs), generator=generator(seed, "order", epoch)).tolist()
-    batches = []
-    for start in range(0, len(order), 32 * batch):
-        chunk = sorted(order[start : start + 32 * batch], key=lambda i: pairs[i].length)
-        batches += [chunk[i : i + batch] for i in range(0, len(chunk) - batch + 1, batch)]
-    for i in torch.randperm(len(batches), generator=generator(seed, "batches", epoch)).tolist():
-        yield [pairs[j] for j in batches[i]]
+    for start in range(0, len(pairs) - batch + 1, batch):
+        yield [pairs[i] for i in order[start : start + batch]]

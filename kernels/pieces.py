@@ -1,0 +1,81 @@
+"""How packed tokens make up texts: what takes the place of padding and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Padded(NamedTuple):
+    """Pieces laid out as rectangles, for implementations that need them."""
+
+    own: Tensor  # (S, T): where each piece's tokens stand among all N; 0 past its end
+    before: Tensor  # (S, P): where its parent's do
+    real: Tensor  # (S, T): True where `own` is a token
+    visible: Tensor  # (S, T, P + T): True where a token sees a token of the parent, or of its own piece
+
+
+class Pieces:
+    """N tokens that are S pieces of text, end to end.
+
+    A root is a text's beginning; its children, which follow it, each go on from it. A token sees
+    its whole parent, and its own piece up to itself. So a prompt that several responses share stands
+    there, and is computed, once; a text of one piece is a root without children.
+    """
+
+    def __init__(self, lengths: Sequence[int], parents: Sequence[int] | None = None):
+        """Args: lengths, in tokens; parents, of each piece its root's number, -1 for roots (all, if None).
+
+        Errors: ValueError where a piece is empty, or follows another root than its own.
+        """
+        parents = [-1] * len(lengths) if parents is None else parents
+        root = -1
+        for i, (length, parent) in enumerate(zip(lengths, parents, strict=True)):
+            root = i if parent < 0 else root
+            if length < 1 or parent not in (-1, root):
+                raise ValueError(
+                    f"piece {i}: length {length}, parent {parent}; a child follows its root, none is empty"
+                )
+        self.lengths = torch.tensor(list(lengths), dtype=torch.long)  # (S,)
+        self.parents = torch.tensor(list(parents), dtype=torch.long)  # (S,)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """(S,): where each piece begins among the N tokens."""
+        return self.lengths.cumsum(0) - self.lengths
+
+    @cached_property
+    def past(self) -> Tensor:
+        """(S,): the length of each piece's parent, 0 for roots."""
+        return torch.where(self.parents >= 0, self.lengths[self.parents], 0)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(N,): where each token stands in its own text, from 0."""
+        return torch.arange(int(self.lengths.sum())) - (self.starts - self.past).repeat_interleave(self.lengths)
+
+    @cached_property
+    def last(self) -> Tensor:
+        """(S,): where each piece's last token stands among the N."""
+        return self.starts + self.lengths - 1
+
+    @cached_property
+    def padded(self) -> Padded:
+        """The same as rectangles."""
+        own = torch.arange(int(self.lengths.max()))  # (T,)
+        past = torch.arange(int(self.past.max()))  # (P,)
+        real, seen = own < self.lengths[:, None], past < self.past[:, None]  # (S, T), (S, P)
+        S, T, P = len(self.lengths), len(own), len(past)
+        causal = torch.ones(T, T, dtype=torch.bool).tril()  # a pad sees what is before it: no row without a key
+        visible = torch.cat((seen[:, None].expand(S, T, P), causal.expand(S, T, T)), -1)
+        parent_starts = torch.where(self.parents >= 0, self.starts[self.parents], 0)
+        return Padded(
+            torch.where(real, self.starts[:, None] + own, 0),
+            torch.where(seen, parent_starts[:, None] + past, 0),
+            real,
+            visible,
+        )
