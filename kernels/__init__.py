@@ -2,7 +2,7 @@
 
 Every public function takes `impl=`: the name of an implementation, or None for the best one here.
 "reference" (reference.py) is the definition in plain torch, and what MPO_KERNELS=reference in the
-environment makes of None; "cpu" (cpu.py, cpp/) is compiled by `make setup` and never holds the
+environment makes of None; "cpu" (cpu/, cpp/) is compiled by `make setup` and never holds the
 logits; "chunked" (chunked.py) does without a compiler, and holds few of them.
 """
 
@@ -70,9 +70,9 @@ def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
     return result
 
 
-def rotate(x: Tensor, angles: Tensor, impl: str | None = None) -> Tensor:
-    """Rotary positions (2104.09864): x (N, H, d), angles (N, d/2) -> (N, H, d); differentiable in x."""
-    result: Tensor = _implementation(impl, "rotate", x, angles).rotate(x, angles)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, impl: str | None = None) -> Tensor:
+    """Rotary positions (2104.09864): x (N, H, d), cos and sin (N, d/2) -> (N, H, d); differentiable in x."""
+    result: Tensor = _implementation(impl, "rotate", x, cos).rotate(x, cos, sin)
     return result
 
 

@@ -27,10 +27,9 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + d/2]) by its angle."""
-    angles = angles[:, None]  # (N, 1, d/2): the same for all heads
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + d/2]) by its angle, the same for all heads."""
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (N, 1, d/2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

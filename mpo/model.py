@@ -18,6 +18,8 @@ import kernels
 from kernels import Pieces
 from kernels.reference import KVCache
 
+Rope = tuple[Tensor, Tensor]  # cos and sin of the angles of N tokens, (N, d/2) each
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -115,11 +117,11 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
 
-    def forward(self, x: Tensor, angles: Tensor, pieces: Pieces | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, pieces: Pieces | None, cache: KVCache | None, layer: int) -> Tensor:
         """x (N, D) -> (N, D); see Trunk.forward."""
         heads = (len(x), -1, self.config.head_dim)
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)  # (N, H, d)
-        q, k = kernels.rotate(q, angles), kernels.rotate(k, angles)
+        q, k = kernels.rotate(q, *rope), kernels.rotate(k, *rope)
         if pieces is None:
             assert cache is not None
             out = cache.attend(layer, q, k, v)
@@ -154,9 +156,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, angles: Tensor, pieces: Pieces | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, pieces: Pieces | None, cache: KVCache | None, layer: int) -> Tensor:
         """(N, D) -> (N, D)"""
-        x = x + self.self_attn(self.input_layernorm(x), angles, pieces, cache, layer)
+        x = x + self.self_attn(self.input_layernorm(x), rope, pieces, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -185,9 +187,10 @@ class Trunk(nn.Module):
         else:
             positions = pieces.positions
         angles = positions[:, None].to(ids.device).float() * self.frequencies  # (N, d/2)
+        rope = angles.cos(), angles.sin()
         x = self.embed_tokens(ids)  # (N, D)
         for i, block in enumerate(self.layers):
-            x = block(x, angles, pieces, cache, i)
+            x = block(x, rope, pieces, cache, i)
         if cache is not None:
             cache.advance(1 if pieces is None else pieces.lengths)
         return self.norm(x)

@@ -1,5 +1,5 @@
 // The head's kernels: log-probs, entropy, exact KL, their gradients, sampling. See ../reference.py for
-// what each means, ../cpu.py for who calls it.
+// what each means, ../cpu/head.py for who calls it.
 //
 // All are one matrix product, logits = hidden weight^T, whose results are used up where they appear: in
 // registers. No N x V array exists. hidden is packed once as [tile][D][ROWS], weight chunk by chunk as

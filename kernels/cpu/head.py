@@ -1,4 +1,4 @@
-"""The compiled kernels (cpp/) as torch functions: tensors to pointers, and the backward passes.
+"""The head's kernels (cpp/head.cpp) as torch functions, and their backward passes.
 
 Backward works on a few columns of the vocabulary at a time. The compiled part computes their logits
 again and turns them into gradients; two matrix products take these on to hidden states and weights.
@@ -6,41 +6,14 @@ again and turns them into gradients; two matrix products take these on to hidden
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.build import library
+from kernels.cpu.library import call, matmul
 
-_library = ctypes.CDLL(str(library()))  # OSError where it has not been built
 COLUMNS = 2**21  # gradients of logits held at a time: 8 MB
-
-
-FEW = 64  # rows from which a product is worth packing its weight for
-
-
-def takes(function: str, hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled kernels are for these tensors: fp32 or bf16, both alike, on a CPU."""
-    if function == "linear" and (hidden.dtype != torch.float32 or hidden.numel() < FEW * hidden.shape[-1]):
-        return False
-    return (
-        hidden.device.type == "cpu" and hidden.dtype == weight.dtype and hidden.dtype in (torch.float32, torch.bfloat16)
-    )
-
-
-def _call(function: str, *arguments: Tensor | int | float | None) -> None:
-    """Pass tensors as pointers; the caller keeps them alive, contiguous and of the right dtype."""
-
-    def c(x: Tensor | int | float | None) -> Any:
-        if x is None:
-            return ctypes.c_void_p(None)
-        if isinstance(x, Tensor):
-            return ctypes.c_void_p(x.data_ptr())
-        return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int64(x)
-
-    getattr(_library, function)(*map(c, arguments))
 
 
 def _checked(targets: Tensor, vocabulary: int) -> Tensor:
@@ -48,14 +21,6 @@ def _checked(targets: Tensor, vocabulary: int) -> Tensor:
     if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < vocabulary:
         raise IndexError(f"targets must be in [0, {vocabulary}), found {int(targets.min())} to {int(targets.max())}")
     return targets.long().contiguous()
-
-
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) times (K, N) in fp32, of any strides."""
-    (M, K), N = a.shape, b.shape[1]
-    c = torch.empty(M, N)
-    _call("matmul", a, b, c, M, N, K, *a.stride(), *b.stride(), torch.get_num_threads())
-    return c
 
 
 def _gradients(
@@ -82,13 +47,13 @@ def _gradients(
         out = torch.empty(N, len(part))
         bf16, threads = int(hidden.dtype == torch.bfloat16), torch.get_num_threads()
         shape = N, D, RD, len(part), bf16, temperature, threads
-        _call("gradient_in_logits", hidden, part, ref_hidden, ref_part, *shape, *statistics, out)
+        call("gradient_in_logits", hidden, part, ref_hidden, ref_part, *shape, *statistics, out)
         rows = ((targets >= first) & (targets < first + len(part))).nonzero().squeeze(1)
         out[rows, targets[rows] - first] += of_target[rows] / temperature
         if d_hidden is not None:
-            d_hidden += _matmul(out, part.float())
+            d_hidden += matmul(out, part.float())
         if d_weight is not None:
-            d_weight[first : first + columns] = _matmul(out.t(), wide)
+            d_weight[first : first + columns] = matmul(out.t(), wide)
     return (
         None if d_hidden is None else d_hidden.to(hidden.dtype),
         None if d_weight is None else d_weight.to(weight.dtype),
@@ -104,7 +69,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logp, entropy, lse = torch.empty(3, N)
         bf16, threads = int(hidden.dtype == torch.bfloat16), torch.get_num_threads()
         shape = N, D, V, bf16, temperature, threads
-        _call("token_logprobs", hidden, weight, targets, *shape, logp, entropy, lse)
+        call("token_logprobs", hidden, weight, targets, *shape, logp, entropy, lse)
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
@@ -137,7 +102,7 @@ class _PolicyReference(torch.autograd.Function):
         logp, ref_logp, kl, entropy, lse, ref_lse = results = torch.empty(6, N)
         bf16, threads = int(hidden.dtype == torch.bfloat16), torch.get_num_threads()
         shape = N, D, RD, V, bf16, temperature, threads
-        _call("policy_reference", hidden, weight, ref_hidden, ref_weight, targets, *shape, *results)
+        call("policy_reference", hidden, weight, ref_hidden, ref_weight, targets, *shape, *results)
         ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, targets, lse, ref_lse, kl)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(ref_logp, entropy)
@@ -150,29 +115,6 @@ class _PolicyReference(torch.autograd.Function):
         statistics = lse, ref_lse, -g - g_kl * kl, g_kl
         found = _gradients(tuple(sides), statistics, g, targets, ctx.temperature, ctx.needs_input_grad[:2])
         return (*found, None, None, None, None)
-
-
-class _Linear(torch.autograd.Function):
-    """y = x W^T; dx = dy W; dW = dy^T x"""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _matmul(x, weight.t())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        (dy,), (x, weight) = grads, ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad
-        dy = dy.contiguous()  # it may be expanded from one number
-        return _matmul(dy, weight) if needs_x else None, _matmul(dy.t(), x) if needs_weight else None
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """See reference.py."""
-    rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    product = _Linear.apply(rows, weight) if torch.is_grad_enabled() else _matmul(rows, weight.t())
-    return product.view(*x.shape[:-1], weight.shape[0])
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -196,5 +138,5 @@ def sample_tokens(hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: 
     (N, D), V = hidden.shape, len(weight)
     tokens, logp = torch.empty(N, dtype=torch.long), torch.empty(N)
     bf16, threads = int(hidden.dtype == torch.bfloat16), torch.get_num_threads()
-    _call("sample_tokens", hidden, weight, uniform, N, D, V, bf16, float(temperature), threads, tokens, logp)
+    call("sample_tokens", hidden, weight, uniform, N, D, V, bf16, float(temperature), threads, tokens, logp)
     return tokens, logp

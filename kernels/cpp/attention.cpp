@@ -1,0 +1,261 @@
+// Attention within packed texts (../pieces.py): each query of a piece against its parent's keys and its
+// own piece's, up to itself. One piece and one head of keys is one task: its keys and values are packed
+// once for all the query heads that share them. Scores of a few queries at a time exist, in cache; the backward
+// pass computes them again from the log-sum-exp of each row (FlashAttention, 2205.14135).
+
+#include <vector>
+
+#include "tiles.h"
+
+namespace {
+
+constexpr int64_t SCORES = 32 * 1024;  // of one block of queries in the backward pass: 128 KB
+
+int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+struct Shape {
+    int64_t N, S, H, KV, d;  // tokens, pieces, query heads, key heads, width of a head
+    const int64_t *lengths, *parents;
+    std::vector<int64_t> starts, roots;  // roots: the pieces that are, and S
+
+    Shape(int64_t N, int64_t S, int64_t H, int64_t KV, int64_t d, const int64_t* lengths, const int64_t* parents)
+        : N(N), S(S), H(H), KV(KV), d(d), lengths(lengths), parents(parents), starts(S) {
+        int64_t start = 0;
+        for (int64_t s = 0; s < S; s++) {
+            starts[s] = start;
+            start += lengths[s];
+            if (parents[s] < 0) roots.push_back(s);
+        }
+        roots.push_back(S);
+    }
+
+    int64_t groups() const { return H / KV; }
+};
+
+// The keys that a piece sees: P of its parent, then its own.
+struct Seen {
+    int64_t P, T, parent, own;  // how many, and where among the N tokens they begin
+
+    Seen(const Shape& s, int64_t piece)
+        : P(s.parents[piece] < 0 ? 0 : s.lengths[s.parents[piece]]),
+          T(s.lengths[piece]),
+          parent(P ? s.starts[s.parents[piece]] : 0),
+          own(s.starts[piece]) {}
+
+    int64_t all() const { return P + T; }
+    int64_t token(int64_t key) const { return key < P ? parent + key : own + key - P; }
+};
+
+// One head's rows x (L, d) of the keys that are seen, side by side in memory.
+void gather(const float* x, int64_t stride, const Seen& seen, int64_t d, float* out) {
+    for (int64_t key = 0; key < seen.all(); key++) std::memcpy(out + key * d, x + seen.token(key) * stride, d * 4);
+}
+
+// (L, d) as [panel of keys][d][PANEL]: the right operand of a product over d.
+void pack_across(const float* x, int64_t L, int64_t d, float* out) {
+    const Matrix m{x, L, d, d, 1, false};
+    for (int64_t key = 0; key < L; key += PANEL) pack<PANEL>(m, key, 0, d, 1.0f, out + key * d);
+}
+
+// (L, d) of any stride as [panel of d][L][PANEL]: the right operand of a product over L.
+void pack_along(const float* x, int64_t L, int64_t d, int64_t stride, float* out) {
+    for (int64_t first = 0; first < d; first += PANEL) {
+        const int64_t width = std::min<int64_t>(PANEL, d - first);
+        for (int64_t i = 0; i < L; i++) {
+            float* to = out + first * L + i * PANEL;
+            std::memcpy(to, x + i * stride + first, width * 4);
+            std::fill(to + width, to + PANEL, 0.0f);
+        }
+    }
+}
+
+// out (count, width of `valid` columns) of ROWS packed rows [K][ROWS] and panels [K][PANEL] of columns.
+void product_across(const float* rows, const float* panels, int64_t K, int64_t count, int64_t valid, float* out,
+                    int64_t stride) {
+    for (int64_t column = 0; column < valid; column += PANEL) {
+        Tile t{};
+        add_product<true>(t, rows, ROWS, panels + column * K, K);
+        for (int64_t i = 0; i < count; i++) {
+            store(out + i * stride + column, t.at[i][0]);
+            store(out + i * stride + column + LANES, t.at[i][1]);
+        }
+    }
+}
+
+// Add to (or set) `width` columns of a tile's rows.
+template <bool ADD>
+void put(const Tile& t, int64_t count, int64_t width, float* out, int64_t stride) {
+    for (int64_t i = 0; i < count; i++) {
+        float* to = out + i * stride;
+        for (int64_t j = 0; j < width; j++) {
+            const float value = t.at[i][j / LANES][j % LANES];
+            to[j] = ADD ? to[j] + value : value;
+        }
+    }
+}
+
+// Rows of x (T, d) of one head, times scale, as [d][ROWS].
+void pack_rows(const float* x, int64_t T, int64_t d, int64_t stride, int64_t first, float scale, float* out) {
+    pack<ROWS>(Matrix{x, T, d, stride, 1, false}, first, 0, d, scale, out);
+}
+
+// Scores to softmax weights, in place: e^(z - m) of the `visible` keys, 0 up to `end`; returns {m, sum}.
+std::pair<float, float> exponentials(float* row, int64_t visible, int64_t end) {
+    std::fill(row + visible, row + end, -1e30f);
+    Vec top = splat(-1e30f), total{};
+    for (int64_t j = 0; j < end; j += LANES) top = max_(top, load(row + j));
+    const float m = most(top);
+    for (int64_t j = 0; j < end; j += LANES) {
+        const Vec e = exp_(load(row + j) - m);
+        store(row + j, e);
+        total += e;
+    }
+    return {m, sum(total)};
+}
+
+struct Forward {
+    const float *q, *k, *v;
+    float *out, *lse;  // (N, H, d), (N, H)
+
+    void piece(const Shape& s, int64_t number, int64_t kv) const {
+        const Seen seen(s, number);
+        const int64_t d = s.d, L = seen.all(), wide = padded(L), query_stride = s.H * d, key_stride = s.KV * d;
+        const Buffer rows = buffer(L * d), keys = buffer(wide * d), values = buffer(L * padded(d));
+        const Buffer scores = buffer(ROWS * wide), packed = buffer(ROWS * d);
+        gather(k + kv * d, key_stride, seen, d, rows.get());
+        pack_across(rows.get(), L, d, keys.get());
+        gather(v + kv * d, key_stride, seen, d, rows.get());
+        pack_along(rows.get(), L, d, d, values.get());
+        for (int64_t h = kv * s.groups(); h < (kv + 1) * s.groups(); h++) {
+            const float* mine = q + seen.own * query_stride + h * d;
+            for (int64_t first = 0; first < seen.T; first += ROWS) {
+                const int64_t count = std::min<int64_t>(ROWS, seen.T - first), visible = seen.P + first + count;
+                pack_rows(mine, seen.T, d, query_stride, first, 1 / std::sqrt(float(d)), packed.get());
+                product_across(packed.get(), keys.get(), d, ROWS, visible, scores.get(), wide);
+                float scale[ROWS];
+                for (int64_t i = 0; i < count; i++) {
+                    const auto [m, total] = exponentials(scores.get() + i * wide, seen.P + first + i + 1, padded(visible));
+                    scale[i] = 1 / total;
+                    lse[(seen.own + first + i) * s.H + h] = m + std::log(total);
+                }
+                for (int64_t at = 0; at < d; at += PANEL) {
+                    Tile t{};
+                    add_product<false>(t, scores.get(), wide, values.get() + at * L, visible);
+                    for (int64_t i = 0; i < count; i++) {
+                        t.at[i][0] *= scale[i];
+                        t.at[i][1] *= scale[i];
+                    }
+                    put<false>(t, count, std::min<int64_t>(PANEL, d - at), out + (seen.own + first) * query_stride + h * d + at,
+                               query_stride);
+                }
+            }
+        }
+    }
+};
+
+// P = e^(q k - lse), dP = dO v, dS = P (dP - delta) with delta = dO O; then
+// dQ = dS K, dK = dS^T Q, dV = P^T dO, all of one block of queries at a time.
+struct Backward {
+    const float *q, *k, *v, *out, *lse, *d_out;
+    float *dq, *dk, *dv;
+
+    void piece(const Shape& s, int64_t number, int64_t kv) const {
+        const Seen seen(s, number);
+        const int64_t d = s.d, L = seen.all(), wide = padded(L), query_stride = s.H * d, key_stride = s.KV * d;
+        const int64_t block = std::max<int64_t>(1, std::min(seen.T + ROWS - 1, SCORES / wide) / ROWS) * ROWS;
+        const Buffer rows = buffer(L * d), keys = buffer(wide * d), values = buffer(wide * d), along = buffer(L * padded(d));
+        const Buffer weights = buffer(block * wide + ROWS), slopes = buffer(block * wide + ROWS), packed = buffer(ROWS * d);
+        const Buffer queries = buffer(block * padded(d)), outs = buffer(block * padded(d));
+        gather(v + kv * d, key_stride, seen, d, rows.get());
+        pack_across(rows.get(), L, d, values.get());
+        gather(k + kv * d, key_stride, seen, d, rows.get());
+        pack_across(rows.get(), L, d, keys.get());
+        pack_along(rows.get(), L, d, d, along.get());
+        const float scale = 1 / std::sqrt(float(d));
+        for (int64_t h = kv * s.groups(); h < (kv + 1) * s.groups(); h++) {
+            const int64_t offset = seen.own * query_stride + h * d;
+            for (int64_t start = 0; start < seen.T; start += block) {
+                const int64_t size = std::min(block, seen.T - start), visible = seen.P + start + size;
+                for (int64_t first = start; first < start + size; first += ROWS) {
+                    const int64_t count = std::min<int64_t>(ROWS, start + size - first), at = (first - start) * wide;
+                    float *w = weights.get() + at, *slope = slopes.get() + at;
+                    pack_rows(q + offset, seen.T, d, query_stride, first, scale, packed.get());
+                    product_across(packed.get(), keys.get(), d, ROWS, seen.P + first + count, w, wide);
+                    pack_rows(d_out + offset, seen.T, d, query_stride, first, 1.0f, packed.get());
+                    product_across(packed.get(), values.get(), d, ROWS, seen.P + first + count, slope, wide);
+                    for (int64_t i = 0; i < count; i++) {
+                        row(s, seen.own + first + i, h, seen.P + first + i + 1, padded(visible), scale, w + i * wide, slope + i * wide);
+                    }
+                    for (int64_t panel = 0; panel < d; panel += PANEL) {
+                        Tile t{};
+                        add_product<false>(t, slope, wide, along.get() + panel * L, seen.P + first + count);
+                        put<false>(t, count, std::min<int64_t>(PANEL, d - panel), dq + offset + first * query_stride + panel,
+                                   query_stride);
+                    }
+                }
+                pack_along(q + offset + start * query_stride, size, d, query_stride, queries.get());
+                pack_along(d_out + offset + start * query_stride, size, d, query_stride, outs.get());
+                to_keys(seen, kv, d, key_stride, size, visible, slopes.get(), wide, queries.get(), dk);
+                to_keys(seen, kv, d, key_stride, size, visible, weights.get(), wide, outs.get(), dv);
+            }
+        }
+    }
+
+    // One query's scores to weights, and dP to dS.
+    void row(const Shape& s, int64_t token, int64_t h, int64_t visible, int64_t end, float scale, float* w,
+             float* slope) const {
+        const int64_t at = token * s.H + h;
+        float delta = 0;
+        for (int64_t j = 0; j < s.d; j++) delta += d_out[at * s.d + j] * out[at * s.d + j];
+        std::fill(w + visible, w + end, -1e30f);
+        std::fill(slope + visible, slope + end, 0.0f);
+        for (int64_t j = 0; j < end; j += LANES) {
+            const Vec p = exp_(load(w + j) - lse[at]);
+            store(w + j, p);
+            store(slope + j, p * (load(slope + j) - delta) * scale);
+        }
+    }
+
+    // Add a (size, keys)^T times b (size, d) to the keys' rows of x.
+    static void to_keys(const Seen& seen, int64_t kv, int64_t d, int64_t stride, int64_t size, int64_t visible,
+                        const float* a, int64_t wide, const float* b, float* x) {
+        for (int64_t from = 0; from < visible;) {  // a tile's keys are all of the parent or all its own
+            const int64_t until = from < seen.P ? seen.P : visible, count = std::min<int64_t>(ROWS, until - from);
+            float* to = x + seen.token(from) * stride + kv * d;
+            for (int64_t panel = 0; panel < d; panel += PANEL) {
+                Tile t{};
+                add_product<true>(t, a + from, wide, b + panel * size, size);
+                put<true>(t, count, std::min<int64_t>(PANEL, d - panel), to + panel, stride);
+            }
+            from += count;
+        }
+    }
+};
+
+}  // namespace
+
+extern "C" void attention(const float* q, const float* k, const float* v, const int64_t* lengths, const int64_t* parents,
+                          int64_t N, int64_t S, int64_t H, int64_t KV, int64_t d, int64_t threads, float* out, float* lse) {
+    const Shape s(N, S, H, KV, d, lengths, parents);
+    const Forward forward{q, k, v, out, lse};
+#pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
+    for (int64_t piece = 0; piece < S; piece++) {
+        for (int64_t kv = 0; kv < KV; kv++) forward.piece(s, piece, kv);
+    }
+}
+
+// dk and dv come as zeros.
+extern "C" void attention_backward(const float* q, const float* k, const float* v, const float* out, const float* lse,
+                                   const float* d_out, const int64_t* lengths, const int64_t* parents, int64_t N,
+                                   int64_t S, int64_t H, int64_t KV, int64_t d, int64_t threads, float* dq, float* dk,
+                                   float* dv) {
+    const Shape s(N, S, H, KV, d, lengths, parents);
+    const Backward backward{q, k, v, out, lse, d_out, dq, dk, dv};
+    const int64_t trees = int64_t(s.roots.size()) - 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
+    for (int64_t tree = 0; tree < trees; tree++) {  // a root and its children, which all add to its keys
+        for (int64_t kv = 0; kv < KV; kv++) {
+            for (int64_t piece = s.roots[tree]; piece < s.roots[tree + 1]; piece++) backward.piece(s, piece, kv);
+        }
+    }
+}

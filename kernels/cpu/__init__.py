@@ -1,0 +1,28 @@
+"""Compiled kernels for CPUs: C++ (../cpp), and the torch functions around it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.cache import KVCache as KVCache
+from kernels.cpu.head import policy_reference as policy_reference
+from kernels.cpu.head import sample_tokens as sample_tokens
+from kernels.cpu.head import token_logprobs as token_logprobs
+from kernels.cpu.layers import attention as attention
+from kernels.cpu.layers import linear as linear
+from kernels.cpu.layers import rms_norm as rms_norm
+from kernels.cpu.layers import rotate as rotate
+from kernels.cpu.layers import swiglu as swiglu
+
+FEW = 64  # rows from which a product is worth packing its weight for
+HEAD = ("token_logprobs", "policy_reference", "sample_tokens")
+
+
+def takes(function: str, one: Tensor, other: Tensor) -> bool:
+    """Whether the compiled kernels are for these tensors: on a CPU and alike; fp32, or bf16 at the head."""
+    if one.device.type != "cpu" or one.dtype != other.dtype:
+        return False
+    if function == "linear" and one.numel() < FEW * one.shape[-1]:
+        return False
+    return one.dtype == torch.float32 or (one.dtype == torch.bfloat16 and function in HEAD)

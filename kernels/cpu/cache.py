@@ -1,0 +1,47 @@
+"""The KV cache of generation (cpp/cache.cpp): rows keep their slots, so that leaving costs nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.cpu.library import call
+from kernels.pieces import Pieces
+
+BLOCK = 16  # a row's room is a multiple of this, which every processor's vector length divides
+
+
+class KVCache:
+    """See reference.py."""
+
+    def __init__(self, layers: int, rows: int, length: int, heads: int, dim: int, like: Tensor):
+        self.heads, self.dim, self.length = heads, dim, -(-length // BLOCK) * BLOCK
+        self.keys, self.values = torch.zeros(2, layers, rows, heads, self.length, dim, dtype=like.dtype)
+        self.lengths = torch.zeros(rows, dtype=torch.long)  # (B,)
+        self.slots = torch.arange(rows)  # (B,): where each row lies in keys and values
+
+    def fill(self, layer: int, k: Tensor, v: Tensor, pieces: Pieces) -> None:
+        """See reference.py."""
+        sizes = len(pieces.lengths), self.heads, self.length, self.dim, torch.get_num_threads()
+        k, v = k.contiguous(), v.contiguous()
+        call("cache_fill", self.keys[layer], self.values[layer], k, v, pieces.lengths, *sizes)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See reference.py."""
+        (B, H, _), out = q.shape, torch.empty_like(q)
+        sizes = B, H, self.heads, self.length, self.dim, torch.get_num_threads()
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        call("cache_attend", self.keys[layer], self.values[layer], q, k, v, self.slots, self.lengths, *sizes, out)
+        return out
+
+    def advance(self, tokens: Tensor | int = 1) -> None:
+        """See reference.py."""
+        self.lengths = self.lengths + tokens
+        assert int(self.lengths.max()) <= self.length
+
+    def take(self, rows: Tensor) -> None:
+        """See reference.py; copies only where a row is taken more than once."""
+        self.slots, self.lengths = self.slots[rows], self.lengths[rows]
+        if len(self.slots.unique()) < len(self.slots):
+            self.keys, self.values = self.keys[:, self.slots], self.values[:, self.slots]
+            self.slots = torch.arange(len(self.slots))

@@ -1,0 +1,118 @@
+"""Kernels of a transformer's layers against the definition in float64, forward and backward, on odd shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kernels
+from kernels import Pieces
+
+pytestmark = pytest.mark.skipif("cpu" not in kernels.IMPLEMENTATIONS, reason="the compiled kernels are not built")
+
+PIECES = {
+    "one token": Pieces([1]),
+    "texts": Pieces([5, 1, 33, 12, 70]),
+    "families": Pieces([7, 3, 1, 13, 40, 24, 50], [-1, 0, 0, -1, 3, 3, 3]),
+    "long": Pieces([300, 130, 260], [-1, 0, 0]),
+}
+HEADS = [(4, 2, 6), (8, 8, 32), (3, 1, 40), (2, 2, 64), (6, 3, 24)]  # H, H_kv, d
+
+
+def compare(function, *inputs, rest=(), tolerance=2e-5):
+    """Output and every gradient of the compiled function against the reference's in float64."""
+    found, expected = [], []
+    for impl, kind, into in (("cpu", torch.float32, found), ("reference", torch.float64, expected)):
+        leaves = [x.clone().to(kind).requires_grad_() for x in inputs]
+        out = function(*leaves, *rest, impl=impl)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=kind).view(out.shape)
+        (out * weights).sum().backward()
+        into += [out.detach(), *(leaf.grad for leaf in leaves)]
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=tolerance * max(1.0, float(exact.abs().max())))
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES.keys())
+def test_attention(pieces, heads):
+    H, KV, d = heads
+    N = int(pieces.lengths.sum())
+    generator = torch.Generator().manual_seed(N + d)
+    q, k, v = (torch.randn(N, h, d, generator=generator) * 1.5 for h in (H, KV, KV))
+    compare(kernels.attention, q, k, v, rest=(pieces,))
+
+
+def test_attention_with_extreme_scores():
+    pieces, big = Pieces([3, 2, 4], [-1, 0, 0]), 1e4
+    q, k, v = (torch.randn(9, 2, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3))
+    out = kernels.attention(big * q, big * k, v, pieces, impl="cpu")
+    exact = kernels.attention(big * q.double(), big * k.double(), v.double(), pieces, impl="reference")
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-4)  # every query sees one key only
+
+
+def test_attention_counts_its_tokens():
+    x = torch.randn(5, 1, 4)
+    with pytest.raises(ValueError, match="pieces of 4 tokens, but 5 queries"):
+        kernels.attention(x, x, x, Pieces([4]), impl="cpu")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (200, 96), (65, 256)], ids=str)
+def test_rms_norm(shape):
+    x, weight = torch.randn(shape) * 3, torch.randn(shape[1])
+    compare(kernels.rms_norm, x, weight, rest=(1e-5,))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (300, 96)], ids=str)
+def test_swiglu(shape):
+    compare(kernels.swiglu, torch.randn(shape) * 20, torch.randn(shape))
+
+
+def test_swiglu_far_from_0():
+    gate = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4]])
+    out = kernels.swiglu(gate, torch.ones(1, 5), impl="cpu")
+    assert out.tolist() == [[0.0, 0.0, 0.0, 90.0, 1e4]]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (7, 3, 6), (150, 4, 32)], ids=str)
+def test_rotate(shape):
+    angles = torch.randn(shape[0], shape[2] // 2).double()
+    expected = []
+    for impl, kind in (("cpu", torch.float32), ("reference", torch.float64)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(kind).requires_grad_()
+        out = kernels.rotate(x, angles.cos().to(kind), angles.sin().to(kind), impl=impl)
+        out.square().mul(torch.linspace(0, 1, shape[2], dtype=kind)).sum().backward()
+        expected.append((out.detach().double(), x.grad.double()))
+    torch.testing.assert_close(*expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_kv_cache(heads):
+    """Rows that start, end and are copied: the compiled cache against the reference's in float64."""
+    H, KV, d = heads
+    starts, generator = Pieces([5, 1, 30]), torch.Generator().manual_seed(0)
+    first = torch.randn(2, 36, KV, d, generator=generator, dtype=torch.float64)
+    caches = {}
+    for impl, kind in (("cpu", torch.float32), ("reference", torch.float64)):
+        caches[impl] = kernels.kv_cache(2, 3, 45, KV, d, torch.zeros(1, dtype=kind), impl=impl)
+        for layer in range(2):
+            caches[impl].fill(layer, *(layer + first).to(kind), starts)
+        caches[impl].advance(starts.lengths)
+    for step, rows in enumerate(([0, 0, 2, 1], [3, 1, 2], None, [1], [0, 0])):
+        if rows:
+            for cache in caches.values():
+                cache.take(torch.tensor(rows))
+        B = len(caches["cpu"].lengths)
+        q, k, v = (torch.randn(B, h, d, generator=generator, dtype=torch.float64) for h in (H, KV, KV))
+        for layer in range(2):
+            exact = caches["reference"].attend(layer, q, k, v)
+            found = caches["cpu"].attend(layer, q.float(), k.float(), v.float())
+            torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5, msg=f"step {step}, layer {layer}")
+        for cache in caches.values():
+            cache.advance()
+
+
+def test_the_compiled_layers_are_what_runs():
+    x = torch.ones(64, 8)
+    for function in ("linear", "rms_norm", "swiglu", "rotate", "attention", "KVCache"):
+        assert kernels._implementation(None, function, x, x).__name__ == "kernels.cpu"
+        assert kernels._implementation(None, function, x.double(), x.double()).__name__ == "kernels.reference"
