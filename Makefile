@@ -17,6 +17,7 @@
 #   FROM    a finished run whose stages this one shares until a flag differs
 #   KERNELS reference: plain torch everywhere; else the fastest implementation here (kernels/)
 #   POLICIES  what to train and compare, by folder (schedules.mk); the first one is the baseline
+#   BF16=1  matrix products in bf16, with fp32 weights and sums: faster where the processor has them
 #   QUICK=1 a smoke test: seconds a stage, and numbers that mean nothing
 # More flags for one stage: SFT_FLAGS="--epochs 1", RM_FLAGS, SPLIT_FLAGS, DPO_FLAGS, PPO_FLAGS, ...,
 # or for one folder: dpo-all_FLAGS="--beta 0.1"
@@ -32,6 +33,7 @@ POLICIES ?= sft dpo mpo
 RMS   ?= rm
 STAGE ?= mpo
 QUICK ?=
+BF16  ?=
 
 ifdef KERNELS
 export MPO_KERNELS := $(KERNELS)
@@ -59,7 +61,7 @@ pipeline: .venv/.ready
 empty :=
 comma := ,
 builtin := $(filter builtin,$(DATA))
-limits  := $(if $(builtin),,$(if $(filter tldr,$(TASK)),--max_prompt 640))
+limits  := $(if $(builtin),,$(if $(filter tldr,$(TASK)),--max_prompt 640)) $(if $(BF16),--bf16 true)
 rows    := $(if $(builtin),--train $(if $(filter hh,$(TASK)),28000,24000) --test 1600,--train 0 --test 0)
 
 data_args      = --task $(TASK) --data $(DATA) $(rows)           $(if $(QUICK),--train 400 --test 40) $(DATA_FLAGS)

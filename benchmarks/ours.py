@@ -76,5 +76,5 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
 }
 
 if __name__ == "__main__":
-    setup_torch(SimpleNamespace(threads=int(sys.argv[2])))  # type: ignore[arg-type]
-    turns.serve(CASES[sys.argv[1]]())
+    setup_torch(SimpleNamespace(threads=int(sys.argv[2]), bf16=sys.argv[1].endswith("-bf16")))  # type: ignore[arg-type]
+    turns.serve(CASES[sys.argv[1].removesuffix("-bf16")]())

@@ -16,6 +16,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kernels import chunked, reference
+from kernels.constant import constant_weights as constant_weights
+from kernels.constant import derived
 from kernels.pieces import Pieces as Pieces
 
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
@@ -28,6 +30,22 @@ except OSError:
         print(
             "kernels: kernels/cpp is not compiled for this processor (make setup); using plain torch", file=sys.stderr
         )
+
+
+_bf16 = False
+
+
+def use_bf16(on: bool) -> None:
+    """Whether matrix products round what they multiply to bf16 from now on; sums and results stay fp32."""
+    global _bf16
+    _bf16 = on
+
+
+def _rounded(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The head's operands, in bf16 where that is wanted."""
+    if not _bf16:
+        return hidden, weight
+    return hidden.bfloat16(), derived("bf16", weight, Tensor.bfloat16)
 
 
 class PolicyReference(NamedTuple):
@@ -54,7 +72,7 @@ def _implementation(impl: str | None, function: str, *tensors: Tensor) -> Module
 
 def linear(x: Tensor, weight: Tensor, impl: str | None = None) -> Tensor:
     """x (..., K) times weight (N, K) transposed -> (..., N), differentiable in both."""
-    result: Tensor = _implementation(impl, "linear", x, weight).linear(x, weight)
+    result: Tensor = _implementation(impl, "linear", x, weight).linear(x, weight, _bf16)
     return result
 
 
@@ -103,6 +121,7 @@ def token_logprobs(
     Args: hidden (N, D); weight (V, D), the head; targets (N,) int64 in [0, V).
     Returns: logp (N,) and entropy (N,), fp32, in nats; logp is differentiable in hidden and weight.
     """
+    hidden, weight = _rounded(hidden, weight)
     module = _implementation(impl, "token_logprobs", hidden, weight)
     result: tuple[Tensor, Tensor] = module.token_logprobs(hidden, weight, targets, temperature)
     return result
@@ -122,6 +141,7 @@ def policy_reference(
     Args: hidden, ref_hidden (N, D); weight, ref_weight (V, D); targets (N,).
     Returns: four (N,) fp32 tensors in nats; logp and kl are differentiable in the policy's hidden and weight.
     """
+    (hidden, weight), (ref_hidden, ref_weight) = _rounded(hidden, weight), _rounded(ref_hidden, ref_weight)
     module = _implementation(impl, "policy_reference", hidden, weight)
     parts = module.policy_reference(hidden, weight, ref_hidden, ref_weight, targets, temperature)
     return PolicyReference(*parts)
@@ -139,6 +159,7 @@ def sample_tokens(
     Args: hidden (N, D); weight (V, D); uniform (N,) in [0, 1), the only randomness.
     Returns: tokens (N,) int64 and their log-probs (N,) fp32 under that same distribution.
     """
+    hidden, weight = _rounded(hidden, weight)
     module = _implementation(impl, "sample_tokens", hidden, weight)
     result: tuple[Tensor, Tensor] = module.sample_tokens(hidden, weight, uniform, temperature)
     return result

@@ -1,6 +1,6 @@
 """The definition of every kernel in plain torch: what a reader reads first.
 
-Logits, softmax and sums are fp32 whatever the dtype of hidden states and weights.
+Logits, softmax and sums are fp32 (or wider) whatever the dtype of hidden states and weights.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 from kernels.pieces import Pieces
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T."""
-    return F.linear(x, weight)
+def linear(x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
+    """x W^T; with bf16 both are rounded to it first."""
+    return F.linear(x.bfloat16().to(x.dtype), weight.bfloat16().to(x.dtype)) if bf16 else F.linear(x, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -81,7 +81,8 @@ class KVCache:
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ weight.T).float() / temperature  # (N, V)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(wide) @ weight.to(wide).T / temperature  # (N, V)
     return logits.log_softmax(-1)
 
 

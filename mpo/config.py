@@ -40,6 +40,7 @@ class Limits(Common):
 
     max_prompt: int = 384  # prompt tokens with BOS; the oldest turns of a longer dialogue are cut
     max_response: int = 128  # response tokens with EOS; a row with a longer response is dropped
+    bf16: bool = False  # round what matrix products multiply to bf16; weights and sums stay fp32
 
 
 @dataclass(frozen=True, kw_only=True)

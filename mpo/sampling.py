@@ -55,7 +55,11 @@ def generate(
     generator: torch.Generator,
 ) -> Samples:
     """Sample one response for each prompt (lists of ids with BOS)."""
-    model.eval()
+    with kernels.constant_weights():
+        return _generate(model.eval(), prompts, sampling, generator)
+
+
+def _generate(model: Llama, prompts: Sequence[list[int]], sampling: Sampling, generator: torch.Generator) -> Samples:
     B, max_new, eos = len(prompts), sampling.max_new, sampling.eos
     uniforms = torch.rand(B, max_new, generator=generator)  # a row's draws do not depend on the others
     number: dict[tuple[int, ...], int] = {}  # of each prompt among the different ones

@@ -150,3 +150,54 @@ def test_the_plain_path_is_one_variable_away(monkeypatch):
 def test_other_dtypes_go_the_plain_way():
     x, weight = torch.randn(4, 3).bfloat16(), torch.randn(2, 3).bfloat16()
     assert torch.equal(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+@needs_cpu
+@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 33, 7), (70, 64, 96), (300, 50, 601)], ids=str)
+def test_products_in_bf16_are_of_rounded_numbers_with_exact_sums(shape):
+    M, N, K = shape
+    x, w, weights = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+    rounded = [t.bfloat16().double().requires_grad_() for t in (x, w)]
+    y = rounded[0] @ rounded[1].T
+    y.backward(weights.bfloat16().double())
+    kernels.use_bf16(True)
+    try:
+        leaves = [x.requires_grad_(), w.requires_grad_()]
+        found = kernels.linear(*leaves, impl="cpu")
+        found.backward(weights)
+        torch.testing.assert_close(kernels.linear(x, w, impl="reference").detach(), y.float(), rtol=1e-4, atol=1e-4)
+        with torch.no_grad(), kernels.constant_weights():
+            few = kernels.linear(x[:5], w, impl="cpu")
+    finally:
+        kernels.use_bf16(False)
+    torch.testing.assert_close(found.detach().double(), y.detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(few.double(), y.detach()[:5], rtol=1e-5, atol=1e-4)
+    for leaf, exact in zip(leaves, rounded, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-4)
+
+
+@needs_cpu
+def test_a_number_that_is_not_one_stays_so_in_bf16():
+    x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [2.0, 1.0]])
+    kernels.use_bf16(True)
+    try:
+        found = kernels.linear(x, torch.ones(1, 2), impl="cpu").squeeze(1)
+    finally:
+        kernels.use_bf16(False)
+    assert found.isnan().tolist() == [True, False, False]
+    assert found[1:].tolist() == [float("inf"), 3.0]
+
+
+@needs_cpu
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_constant_weights_give_the_same(dtype):
+    hidden, weight, uniform = torch.randn(29, 17).to(dtype), torch.randn(203, 17).to(dtype), torch.rand(29)
+    plain = kernels.sample_tokens(hidden, weight, uniform, 0.7, impl="cpu")
+    product = kernels.linear(hidden.float(), weight.float(), impl="cpu")
+    with kernels.constant_weights():
+        for _ in range(2):
+            for one, other in zip(plain, kernels.sample_tokens(hidden, weight, uniform, 0.7, impl="cpu"), strict=True):
+                assert torch.equal(one, other)
+            found = kernels.linear(hidden.float(), weight.float(), impl="cpu")
+            torch.testing.assert_close(found, product)

@@ -82,18 +82,6 @@ void product_across(const float* rows, const float* panels, int64_t K, int64_t c
     }
 }
 
-// Add to (or set) `width` columns of a tile's rows.
-template <bool ADD>
-void put(const Tile& t, int64_t count, int64_t width, float* out, int64_t stride) {
-    for (int64_t i = 0; i < count; i++) {
-        float* to = out + i * stride;
-        for (int64_t j = 0; j < width; j++) {
-            const float value = t.at[i][j / LANES][j % LANES];
-            to[j] = ADD ? to[j] + value : value;
-        }
-    }
-}
-
 // Rows of x (T, d) of one head, times scale, as [d][ROWS].
 void pack_rows(const float* x, int64_t T, int64_t d, int64_t stride, int64_t first, float scale, float* out) {
     pack<ROWS>(Matrix{x, T, d, stride, 1, false}, first, 0, d, scale, out);
@@ -145,7 +133,7 @@ struct Forward {
                         t.at[i][0] *= scale[i];
                         t.at[i][1] *= scale[i];
                     }
-                    put<false>(t, count, std::min<int64_t>(PANEL, d - at), out + (seen.own + first) * query_stride + h * d + at,
+                    put(t, count, d - at, false, out + (seen.own + first) * query_stride + h * d + at,
                                query_stride);
                 }
             }
@@ -189,7 +177,7 @@ struct Backward {
                     for (int64_t panel = 0; panel < d; panel += PANEL) {
                         Tile t{};
                         add_product<false>(t, slope, wide, along.get() + panel * L, seen.P + first + count);
-                        put<false>(t, count, std::min<int64_t>(PANEL, d - panel), dq + offset + first * query_stride + panel,
+                        put(t, count, d - panel, false, dq + offset + first * query_stride + panel,
                                    query_stride);
                     }
                 }
@@ -225,7 +213,7 @@ struct Backward {
             for (int64_t panel = 0; panel < d; panel += PANEL) {
                 Tile t{};
                 add_product<true>(t, a + from, wide, b + panel * size, size);
-                put<true>(t, count, std::min<int64_t>(PANEL, d - panel), to + panel, stride);
+                put(t, count, d - panel, true, to + panel, stride);
             }
             from += count;
         }

@@ -62,16 +62,12 @@ extern "C" void rms_norm(const float* x, const float* weight, int64_t N, int64_t
 #pragma omp parallel for num_threads(threads) if (N * D > GRAIN)
     for (int64_t n = 0; n < N; n++) {
         const float* row = x + n * D;
-        float squares = 0;
-        for (int64_t i = 0; i < D; i += LANES) {
-            if (i + LANES <= D) {
-                const Vec v = load(row + i);
-                squares += sum(v * v);
-            } else {
-                for (int64_t j = i; j < D; j++) squares += row[j] * row[j];
-            }
-        }
-        inverse[n] = 1 / std::sqrt(squares / D + eps);
+        Vec squares{};
+        int64_t whole = 0;
+        for (; whole + LANES <= D; whole += LANES) squares += load(row + whole) * load(row + whole);
+        float rest = 0;
+        for (int64_t i = whole; i < D; i++) rest += row[i] * row[i];
+        inverse[n] = 1 / std::sqrt((sum(squares) + rest) / D + eps);
         for (int64_t i = 0; i < D; i++) out[n * D + i] = row[i] * inverse[n] * weight[i];
     }
 }

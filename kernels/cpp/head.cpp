@@ -10,7 +10,7 @@
 #include <limits>
 #include <vector>
 
-#include "tiles.h"
+#include "bf16.h"
 
 constexpr int CHUNK_BYTES = 512 * 1024;  // packed weights that a core's own cache holds
 constexpr float NEVER = -1e30f;          // the logit of a column that does not exist
@@ -30,22 +30,41 @@ static inline void cut(Tile& t, int64_t valid) {
 
 struct Side {  // one model
     Matrix hidden, weight;
-    Buffer packed;  // hidden / temperature, [tile][D][ROWS]
+    bool pairs;          // bf16: products of pairs
+    float inverse;       // 1 / temperature
+    const float* ready;  // the whole weight packed, or null
+    Buffer packed;       // hidden, [tile][depth][ROWS]
 
-    Side(const void* h, const void* w, int64_t N, int64_t D, int64_t V, bool bf16, float temperature, int threads)
-        : hidden{h, N, D, D, 1, bf16}, weight{w, V, D, D, 1, bf16}, packed(buffer((N + ROWS - 1) / ROWS * ROWS * D)) {
+    Side(const void* h, const void* w, int64_t N, int64_t D, int64_t V, bool bf16, float temperature, int threads,
+         const float* ready = nullptr)
+        : hidden{h, N, D, D, 1, bf16},
+          weight{w, V, D, D, 1, bf16},
+          pairs(bf16),
+          inverse(1 / temperature),
+          ready(ready),
+          packed(buffer((N + ROWS - 1) / ROWS * ROWS * words())) {
 #pragma omp parallel for num_threads(threads)
-        for (int64_t row = 0; row < N; row += ROWS) pack<ROWS>(hidden, row, 0, D, 1 / temperature, packed.get() + row * D);
+        for (int64_t row = 0; row < N; row += ROWS) pack_any<ROWS>(hidden, row, 0, D, pairs, packed.get() + row * words());
     }
 
-    void pack_weight(int64_t first, int64_t last, float* out) const {
-        for (int64_t v = first; v < last; v += PANEL) pack<PANEL>(weight, v, 0, weight.width, 1.0f, out + (v - first) * weight.width);
+    int64_t words() const { return depth(hidden.width, pairs); }
+
+    // The weights of columns [first, last), packed: into `room` unless they are.
+    const float* columns(int64_t first, int64_t last, float* room) const {
+        if (ready) return ready + first * words();
+        for (int64_t v = first; v < last; v += PANEL) {
+            pack_any<PANEL>(weight, v, 0, weight.width, pairs, room + (v - first) * words());
+        }
+        return room;
     }
 
-    // The logits of rows [row, row + ROWS), columns [column, column + PANEL); part: those columns' weights, packed.
-    inline __attribute__((always_inline)) Tile logits(int64_t row, int64_t column, const float* part) const {
+    // The logits of rows [row, row + ROWS), columns [column, column + PANEL), whose packed weights are `panel`.
+    inline __attribute__((always_inline)) Tile logits(int64_t row, int64_t column, const float* panel) const {
         Tile t{};
-        add_product<true>(t, packed.get() + row * hidden.width, ROWS, part, hidden.width);
+        add_packed(t, packed.get() + row * words(), panel, hidden.width, pairs);
+        if (inverse != 1.0f) {
+            for (auto& vectors : t.at) vectors[0] *= inverse, vectors[1] *= inverse;
+        }
         if (weight.rows - column < PANEL) cut(t, weight.rows - column);
         return t;
     }
@@ -66,8 +85,8 @@ struct Chunks {  // how V columns are shared out: `count` chunks of `size` colum
 // after the other, between `begin` and `end`. Each thread has its own copy of `start`, which `join` ends.
 template <bool REF, class Work>
 static void over_tiles(const Side* sides, int threads, const Work& start) {
-    const int64_t N = sides[0].hidden.rows, V = sides[0].weight.rows, D = sides[0].hidden.width;
-    const int64_t RD = REF ? sides[1].hidden.width : 0;
+    const int64_t N = sides[0].hidden.rows, V = sides[0].weight.rows, D = sides[0].words();
+    const int64_t RD = REF ? sides[1].words() : 0;
     const Chunks chunks(V, D + RD, threads);
 #pragma omp parallel num_threads(threads)
     {
@@ -76,15 +95,15 @@ static void over_tiles(const Side* sides, int threads, const Work& start) {
 #pragma omp for schedule(dynamic)
         for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
             const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, V);
-            sides[0].pack_weight(first, last, part.get());
-            if (REF) sides[1].pack_weight(first, last, ref_part.get());
+            const float* weight = sides[0].columns(first, last, part.get());
+            const float* ref_weight = REF ? sides[1].columns(first, last, ref_part.get()) : nullptr;
             for (int64_t row = 0; row < N; row += ROWS) {
                 const int count = int(std::min<int64_t>(ROWS, N - row));
                 work.begin();
                 for (int64_t column = first; column < last; column += PANEL) {
-                    const Tile z = sides[0].logits(row, column, part.get() + (column - first) * D);
+                    const Tile z = sides[0].logits(row, column, weight + (column - first) * D);
                     Tile r;
-                    if (REF) r = sides[1].logits(row, column, ref_part.get() + (column - first) * RD);
+                    if (REF) r = sides[1].logits(row, column, ref_weight + (column - first) * RD);
                     work.tile(row, count, column, z, r);
                 }
                 work.end(row, count);
@@ -316,13 +335,14 @@ static Drawn draw(const Side& side, int64_t n, const Panels& panels, float unifo
     const double goal = double(uniform) * total;
     int64_t chosen = 0;
     while (chosen < panels.count - 1 && before + weight_of(chosen) <= goal) before += weight_of(chosen++);
-    const int64_t V = side.weight.rows, D = side.weight.width;
-    const float* row = side.packed.get() + n / ROWS * ROWS * D + n % ROWS;
+    const int64_t first = chosen * PANEL, last = std::min(side.weight.rows, first + PANEL);
+    const Buffer room = buffer(side.ready ? 0 : PANEL * side.words());
+    const Tile tile = side.logits(n / ROWS * ROWS, first, side.columns(first, last, room.get()));
+    float logits[PANEL], logit = NEVER;
+    std::memcpy(logits, tile.at[n % ROWS], sizeof logits);
     Drawn drawn{0, 0};
-    float logit = NEVER;
-    for (int64_t v = chosen * PANEL; v < std::min(V, (chosen + 1) * PANEL); v++) {
-        float z = 0;
-        for (int64_t k = 0; k < D; k++) z += row[k * ROWS] * side.weight.at(v, k);
+    for (int64_t v = first; v < last; v++) {
+        const float z = logits[v - first];
         const double e = std::exp(z - top);
         if (e > 0 || logit == NEVER) {  // never a token that cannot be, should rounding leave us at the end
             logit = z;
@@ -336,10 +356,10 @@ static Drawn draw(const Side& side, int64_t n, const Panels& panels, float unifo
 }
 
 // By inverting the CDF: while the logits pass by, each panel's maximum and sum are noted; uniform then
-// picks a panel, whose few logits are computed once more to pick the token.
-extern "C" void sample_tokens(const void* hidden, const void* weight, const float* uniform, int64_t N, int64_t D,
+// picks a panel, whose few logits are computed once more to pick the token. ready: the weight packed, or null.
+extern "C" void sample_tokens(const void* hidden, const void* weight, const float* ready, const float* uniform, int64_t N, int64_t D,
                               int64_t V, int64_t bf16, float temperature, int64_t threads, int64_t* tokens, float* logp) {
-    const Side side(hidden, weight, N, D, V, bf16, temperature, threads);
+    const Side side(hidden, weight, N, D, V, bf16, temperature, threads, ready);
     const int64_t count = (V + PANEL - 1) / PANEL;
     const Buffer maxima = buffer(N * count), sums = buffer(N * count);
     const Panels panels{count, maxima.get(), sums.get()};

@@ -1,64 +1,79 @@
-// Matrix products, C (M, N) = A (M, K) B (K, N): all three of a linear layer's are this one, with other
-// strides. B is packed block by block; A is read where it lies, unless its rows would fall into the
-// same cache sets.
+// Matrix products, C (M, N) = A (M, K) B (K, N) in fp32 or with operands rounded to bf16: all three of a
+// linear layer's are this one, with other strides. B is packed block by block; A too, unless in fp32 its
+// rows can be read where they lie.
 
-#include "tiles.h"
+#include "bf16.h"
 
-constexpr int64_t BLOCK_K = 256, BLOCK_N = 768 / PANEL * PANEL;
+namespace {
 
-// Columns [0, width) of a tile to C, or on top of what is there.
-static inline void put(const Tile& t, int64_t count, int64_t width, bool on_top, float* c, int64_t stride) {
-    for (int64_t i = 0; i < count; i++) {
-        float* out = c + i * stride;
-        if (width >= PANEL) {
-            for (int half = 0; half < 2; half++) {
-                float* to = out + half * LANES;
-                store(to, on_top ? load(to) + t.at[i][half] : t.at[i][half]);
-            }
-        } else {
-            for (int64_t j = 0; j < width; j++) out[j] = t.at[i][j / LANES][j % LANES] + (on_top ? out[j] : 0.0f);
-        }
-    }
-}
+constexpr int64_t BLOCK_K = 256, BLOCK_N = 768 / PANEL * PANEL;  // in words
 
 // Rows [m, m + ROWS) of C, one block of columns: A's rows against each packed panel of B.
-static void row_of_tiles(const Matrix& A, int64_t m, int64_t k0, int64_t depth, const float* packed, int64_t width,
-                         float* copied, float* c, int64_t stride) {
+void row_of_tiles(const Matrix& A, int64_t m, int64_t k0, int64_t K, bool pairs, const float* packed, int64_t width,
+                  float* copied, float* c, int64_t stride) {
     const int64_t count = std::min<int64_t>(ROWS, A.rows - m);
-    const bool together = A.row == 1;
-    const bool collide = !together && (A.column != 1 || A.row % 1024 == 0);
-    const bool copy = count < ROWS || collide;
+    const bool in_place = !pairs && count == ROWS && A.column == 1 && A.row % 1024 != 0;  // 1024: the same cache sets
     const float* there = static_cast<const float*>(A.data) + m * A.row + k0 * A.column;
-    if (copy) pack<ROWS>(A, m, k0, depth, 1.0f, copied);
+    if (!in_place) pack_any<ROWS>(A, m, k0, K, pairs, copied);
     for (int64_t n = 0; n < width; n += PANEL) {
-        const float* b = packed + n * depth;
+        const float* b = packed + n * depth(K, pairs);
         Tile t{};
-        if (copy) add_product<true>(t, copied, ROWS, b, depth);
-        else if (together) add_product<true>(t, there, A.column, b, depth);
-        else add_product<false>(t, there, A.row, b, depth);
+        if (in_place) add_product<false>(t, there, A.row, b, K);
+        else add_packed(t, copied, b, K, pairs);
         put(t, count, width - n, k0 > 0, c + m * stride + n, stride);
     }
 }
 
+}  // namespace
+
 extern "C" void matmul(const float* a, const float* b, float* c, int64_t M, int64_t N, int64_t K, int64_t a_row,
-                       int64_t a_column, int64_t b_row, int64_t b_column, int64_t threads) {
+                       int64_t a_column, int64_t b_row, int64_t b_column, int64_t pairs, int64_t threads) {
     if (K == 0) std::fill(c, c + M * N, 0.0f);
-    const Matrix A{a, M, K, a_row, a_column, false}, B{b, N, K, b_column, b_row, false};  // B transposed: rows are columns
-    const int64_t block_n = std::min(BLOCK_N, (N + PANEL - 1) / PANEL * PANEL), block_k = std::min(BLOCK_K, K);
-    const Buffer packed = buffer(block_n * block_k);
+    const Matrix A{a, M, K, a_row, a_column, false}, B{b, N, K, b_column, b_row, false};  // B transposed: its rows are C's columns
+    const int64_t block_n = std::min(BLOCK_N, (N + PANEL - 1) / PANEL * PANEL), block_k = std::min(pairs ? 2 * BLOCK_K : BLOCK_K, K);
+    const Buffer packed = buffer(block_n * depth(block_k, pairs));
 #pragma omp parallel num_threads(threads)
     {
-        const Buffer copied = buffer(ROWS * block_k);
+        const Buffer copied = buffer(ROWS * depth(block_k, pairs));
         for (int64_t n0 = 0; n0 < N; n0 += block_n) {
             const int64_t width = std::min(block_n, N - n0);
             for (int64_t k0 = 0; k0 < K; k0 += block_k) {
-                const int64_t depth = std::min(block_k, K - k0);
+                const int64_t part = std::min(block_k, K - k0);
 #pragma omp for
-                for (int64_t n = 0; n < width; n += PANEL) pack<PANEL>(B, n0 + n, k0, depth, 1.0f, packed.get() + n * depth);
-#pragma omp for schedule(dynamic, 2)
-                for (int64_t m = 0; m < M; m += ROWS) {
-                    row_of_tiles(A, m, k0, depth, packed.get(), width, copied.get(), c + n0, N);
+                for (int64_t n = 0; n < width; n += PANEL) {
+                    pack_any<PANEL>(B, n0 + n, k0, part, pairs, packed.get() + n * depth(part, pairs));
                 }
+#pragma omp for schedule(dynamic)
+                for (int64_t m = 0; m < M; m += ROWS) {
+                    row_of_tiles(A, m, k0, part, pairs, packed.get(), width, copied.get(), c + n0, N);
+                }
+            }
+        }
+    }
+}
+
+// A weight (N, K) that will not change, packed whole: [panel][depth][PANEL].
+extern "C" void pack_weight(const void* weight, int64_t N, int64_t K, int64_t bf16, int64_t pairs, int64_t threads, float* out) {
+    const Matrix m{weight, N, K, K, 1, bool(bf16)};
+#pragma omp parallel for num_threads(threads)
+    for (int64_t n = 0; n < N; n += PANEL) pack_any<PANEL>(m, n, 0, K, pairs, out + n * depth(K, pairs));
+}
+
+// C (M, N) = A (M, K) times such a weight transposed, for few rows: what generation does, limited by reading the weight.
+extern "C" void matmul_packed(const float* a, const float* packed, float* c, int64_t M, int64_t N, int64_t K,
+                              int64_t pairs, int64_t threads) {
+    const Matrix A{a, M, K, K, 1, false};
+    const Buffer rows = buffer((M + ROWS - 1) / ROWS * ROWS * depth(K, pairs));
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int64_t m = 0; m < M; m += ROWS) pack_any<ROWS>(A, m, 0, K, pairs, rows.get() + m * depth(K, pairs));
+#pragma omp for
+        for (int64_t n = 0; n < N; n += PANEL) {
+            for (int64_t m = 0; m < M; m += ROWS) {
+                Tile t{};
+                add_packed(t, rows.get() + m * depth(K, pairs), packed + n * depth(K, pairs), K, pairs);
+                put(t, std::min<int64_t>(ROWS, M - m), N - n, false, c + m * N + n, N);
             }
         }
     }

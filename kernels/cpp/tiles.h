@@ -30,9 +30,14 @@ template <int W, bool BF16>
 static void pack_as(const Matrix& m, int64_t first, int64_t k0, int64_t K, float scale, float* out) {
     const Matrix x{m.data, m.rows, m.width, m.row, m.column, BF16};
     const int64_t there = std::min<int64_t>(W, m.rows - first);
-    const int64_t block = m.row == 1 ? 1 : 16;  // columns at a time: a cache line of each row
-    for (int64_t k = 0; k < K; k += block) {
-        const int64_t end = std::min(k + block, K);
+    if (!BF16 && m.row == 1 && there == W && scale == 1.0f) {  // they lie together already
+        const float* from = static_cast<const float*>(m.data) + first + k0 * m.column;
+        for (int64_t k = 0; k < K; k++) std::memcpy(out + k * W, from + k * m.column, W * sizeof(float));
+        return;
+    }
+    constexpr int64_t BLOCK = 16;  // columns at a time: a cache line of each row
+    for (int64_t k = 0; k < K; k += BLOCK) {
+        const int64_t end = std::min(k + BLOCK, K);
         for (int64_t i = 0; i < there; i++) {
             for (int64_t j = k; j < end; j++) out[j * W + i] = x.at(first + i, k0 + j) * scale;
         }
@@ -50,6 +55,27 @@ static void pack(const Matrix& m, int64_t first, int64_t k0, int64_t K, float sc
 struct Tile {
     Vec at[ROWS][2];
 };
+
+// The first `count` rows and `width` columns of a tile to memory, or added to what is there.
+static inline __attribute__((always_inline)) void put(const Tile& t, int64_t count, int64_t width, bool add, float* out,
+                                                      int64_t stride) {
+    if (width >= PANEL) {
+        for (int64_t i = 0; i < count; i++) {
+            for (int half = 0; half < 2; half++) {
+                float* to = out + i * stride + half * LANES;
+                store(to, add ? load(to) + t.at[i][half] : t.at[i][half]);
+            }
+        }
+        return;
+    }
+    for (int64_t i = 0; i < count; i++) {
+        float row[PANEL];
+        store(row, t.at[i][0]);
+        store(row + LANES, t.at[i][1]);
+        float* to = out + i * stride;
+        for (int64_t j = 0; j < width; j++) to[j] = add ? to[j] + row[j] : row[j];
+    }
+}
 
 // t += a b, a ROWS x K and b K x PANEL. a(i, k) is at a[k * stride + i] where the ROWS of a column lie
 // TOGETHER, else at a[i * stride + k]; b at b[k * PANEL + j].

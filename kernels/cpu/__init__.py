@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels.constant import are_constant
 from kernels.cpu.cache import KVCache as KVCache
 from kernels.cpu.head import policy_reference as policy_reference
 from kernels.cpu.head import sample_tokens as sample_tokens
@@ -23,6 +24,6 @@ def takes(function: str, one: Tensor, other: Tensor) -> bool:
     """Whether the compiled kernels are for these tensors: on a CPU and alike; fp32, or bf16 at the head."""
     if one.device.type != "cpu" or one.dtype != other.dtype:
         return False
-    if function == "linear" and one.numel() < FEW * one.shape[-1]:
+    if function == "linear" and one.numel() < FEW * one.shape[-1] and not are_constant():
         return False
     return one.dtype == torch.float32 or (one.dtype == torch.bfloat16 and function in HEAD)

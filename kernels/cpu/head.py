@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import call, matmul
+from kernels.constant import are_constant
+from kernels.cpu.library import call, matmul, packed
 
 COLUMNS = 2**21  # gradients of logits held at a time: 8 MB
 
@@ -51,9 +52,9 @@ def _gradients(
         rows = ((targets >= first) & (targets < first + len(part))).nonzero().squeeze(1)
         out[rows, targets[rows] - first] += of_target[rows] / temperature
         if d_hidden is not None:
-            d_hidden += matmul(out, part.float())
+            d_hidden += matmul(out, part.float(), bool(bf16))
         if d_weight is not None:
-            d_weight[first : first + columns] = matmul(out.t(), wide)
+            d_weight[first : first + columns] = matmul(out.t(), wide, bool(bf16))
     return (
         None if d_hidden is None else d_hidden.to(hidden.dtype),
         None if d_weight is None else d_weight.to(weight.dtype),
@@ -138,5 +139,6 @@ def sample_tokens(hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: 
     (N, D), V = hidden.shape, len(weight)
     tokens, logp = torch.empty(N, dtype=torch.long), torch.empty(N)
     bf16, threads = int(hidden.dtype == torch.bfloat16), torch.get_num_threads()
-    call("sample_tokens", hidden, weight, uniform, N, D, V, bf16, float(temperature), threads, tokens, logp)
+    ready = packed(weight, bool(bf16)) if are_constant() else None
+    call("sample_tokens", hidden, weight, ready, uniform, N, D, V, bf16, float(temperature), threads, tokens, logp)
     return tokens, logp

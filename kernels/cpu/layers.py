@@ -8,24 +8,29 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kernels.cpu.library import call, matmul
+from kernels.constant import are_constant
+from kernels.cpu.library import call, matmul, matmul_packed
 from kernels.pieces import Pieces
+
+MANY = 256  # rows from which packing a weight is a small part of a product
 
 
 class _Linear(Function):
     """y = x W^T; dx = dy W; dW = dy^T x"""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return matmul(x, weight.t())
+        ctx.bf16 = bf16
+        return matmul(x, weight.t(), bf16)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,), (x, weight) = grads, ctx.saved_tensors
-        needs_x, needs_weight = ctx.needs_input_grad
+        needs_x, needs_weight, _ = ctx.needs_input_grad
         dy = dy.contiguous()  # it may be expanded from one number
-        return matmul(dy, weight) if needs_x else None, matmul(dy.t(), x) if needs_weight else None
+        dx = matmul(dy, weight, ctx.bf16) if needs_x else None
+        return dx, matmul(dy.t(), x, ctx.bf16) if needs_weight else None, None
 
 
 class _RMSNorm(Function):
@@ -100,10 +105,15 @@ def _shape(q: Tensor, k: Tensor, pieces: Pieces) -> tuple[Tensor | int, ...]:
     return pieces.lengths, pieces.parents, N, S, H, k.shape[1], d, torch.get_num_threads()
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
     """See reference.py."""
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    product = _Linear.apply(rows, weight) if torch.is_grad_enabled() else matmul(rows, weight.t())
+    if torch.is_grad_enabled():
+        product: Tensor = _Linear.apply(rows, weight, bf16)
+    elif are_constant() and len(rows) < MANY:
+        product = matmul_packed(rows, weight, bf16)
+    else:
+        product = matmul(rows, weight.t(), bf16)
     return product.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels.build import library
+from kernels.constant import derived
 
+PANEL = 32  # the columns of a tile are a part of this (cpp/vectors.h)
 _library = ctypes.CDLL(str(library()))  # OSError where it has not been built
 
 
@@ -26,9 +28,31 @@ def call(function: str, *arguments: Tensor | int | float | None) -> None:
     getattr(_library, function)(*map(c, arguments))
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) times (K, N) in fp32, of any strides."""
+def matmul(a: Tensor, b: Tensor, bf16: bool = False) -> Tensor:
+    """(M, K) times (K, N), fp32 of any strides; with bf16 rounded to it, and summed in fp32."""
     (M, K), N = a.shape, b.shape[1]
     c = torch.empty(M, N)
-    call("matmul", a, b, c, M, N, K, *a.stride(), *b.stride(), torch.get_num_threads())
+    call("matmul", a, b, c, M, N, K, *a.stride(), *b.stride(), int(bf16), torch.get_num_threads())
+    return c
+
+
+def packed(weight: Tensor, bf16: bool) -> Tensor:
+    """A weight (N, K) as products read it; kept within kernels.constant_weights."""
+
+    def pack(w: Tensor) -> Tensor:
+        (N, K), words = w.shape, (w.shape[1] + 1) // 2 if bf16 else w.shape[1]
+        out = torch.empty(-(-N // PANEL) * PANEL * words)
+        call(
+            "pack_weight", w.contiguous(), N, K, int(w.dtype == torch.bfloat16), int(bf16), torch.get_num_threads(), out
+        )
+        return out
+
+    return derived(f"packed, bf16: {bf16}", weight, pack)
+
+
+def matmul_packed(a: Tensor, weight: Tensor, bf16: bool) -> Tensor:
+    """(M, K) times a weight (N, K) transposed, which is packed once as long as it does not change."""
+    (M, K), N = a.shape, len(weight)
+    c = torch.empty(M, N)
+    call("matmul_packed", a.contiguous(), packed(weight, bf16), c, M, N, K, int(bf16), torch.get_num_threads())
     return c

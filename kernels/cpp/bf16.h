@@ -1,0 +1,115 @@
+// Operands of either kind, fp32 or bf16. Products of bf16 numbers have fp32 sums: half the memory, and on processors with AVX512-BF16 twice the
+// rate. Numbers go in pairs, of neighbouring k: one 32-bit lane holds both, the earlier in its lower half.
+#pragma once
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#include "tiles.h"
+
+typedef uint32_t Pairs __attribute__((vector_size(LANES * 4)));
+
+// The upper half of the result is x rounded to bf16, ties to even; the lower half is undefined. NaN stays NaN.
+template <class Bits, class X>
+static inline Bits rounded(X x) {
+    const Bits bits = (Bits)x, up = bits + 0x7fff + ((bits >> 16) & 1);
+    return x == x ? up : bits | 0x400000;
+}
+
+static inline uint32_t pair(float low, float high) {
+    uint32_t bits[2];
+    const float x[2] = {low, high};
+    std::memcpy(bits, x, 8);
+    for (int i = 0; i < 2; i++) bits[i] = x[i] == x[i] ? bits[i] + 0x7fff + ((bits[i] >> 16) & 1) : bits[i] | 0x400000;
+    return (bits[0] >> 16) | (bits[1] & 0xffff0000u);
+}
+
+static inline Pairs pair(Vec low, Vec high) {
+    return (rounded<Pairs>(low) >> 16) | (rounded<Pairs>(high) & 0xffff0000u);
+}
+
+// Rows [first, first + W) of m, columns [k0, k0 + K), as [K / 2, rounded up][W] pairs; what is past an end is 0.
+template <int W>
+static void pack_pairs(const Matrix& m, int64_t first, int64_t k0, int64_t K, uint32_t* out) {
+    const int64_t there = std::min<int64_t>(W, m.rows - first), whole = K / 2;
+    const float* x = static_cast<const float*>(m.data) + first * m.row + k0 * m.column;
+    const auto value = [&](int64_t i, int64_t k) { return i < there && k < K ? m.at(first + i, k0 + k) : 0.0f; };
+    int64_t k = 0;
+    if (!m.bf16 && there == W && m.row == 1) {  // rows lie together: two columns make pairs
+        for (; k < whole; k++) {
+            for (int i = 0; i < W; i += LANES) {
+                const int size = (W - i < LANES ? W - i : LANES) * 4;
+                Vec low{}, high{};
+                std::memcpy(&low, x + 2 * k * m.column + i, size);
+                std::memcpy(&high, x + (2 * k + 1) * m.column + i, size);
+                const Pairs p = pair(low, high);
+                std::memcpy(out + k * W + i, &p, size);
+            }
+        }
+    } else if (m.bf16 && there == W && m.column == 1) {  // pairs lie ready
+        const uint16_t* half = static_cast<const uint16_t*>(m.data) + first * m.row + k0;
+        for (; k < whole; k++) {
+            for (int64_t i = 0; i < W; i++) std::memcpy(out + k * W + i, half + i * m.row + 2 * k, 4);
+        }
+    } else if (!m.bf16 && there == W && m.column == 1) {
+        for (; k + LANES / 2 <= whole; k += LANES / 2) {
+            for (int64_t i = 0; i < W; i++) {
+                typedef uint64_t Both __attribute__((vector_size(LANES * 4)));
+                typedef uint32_t Half __attribute__((vector_size(LANES * 2)));
+                const Both both = (Both)rounded<Pairs>(load(x + i * m.row + 2 * k));
+                const Half pairs = __builtin_convertvector(((both >> 16) & 0xffff) | ((both >> 32) & 0xffff0000u), Half);
+                for (int j = 0; j < LANES / 2; j++) out[(k + j) * W + i] = pairs[j];
+            }
+        }
+    }
+    for (; k < (K + 1) / 2; k++) {
+        for (int64_t i = 0; i < W; i++) out[k * W + i] = pair(value(i, 2 * k), value(i, 2 * k + 1));
+    }
+}
+
+// sum + the two products of each lane.
+static inline __attribute__((always_inline)) Vec add_pairs(Vec sum, Pairs a, Pairs b) {
+#if defined(__AVX512BF16__)
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    const Pairs upper = Pairs{} + 0xffff0000u;
+    return sum + (Vec)(a << 16) * (Vec)(b << 16) + (Vec)(a & upper) * (Vec)(b & upper);
+#endif
+}
+
+// t += a b with a [pairs][ROWS] and b [pairs][PANEL].
+static inline __attribute__((always_inline)) void add_product_pairs(Tile& t, const uint32_t* a, const uint32_t* b,
+                                                                    int64_t pairs) {
+    for (int64_t k = 0; k < pairs; k++) {
+        Pairs b0, b1;
+        std::memcpy(&b0, b + k * PANEL, sizeof b0);
+        std::memcpy(&b1, b + k * PANEL + LANES, sizeof b1);
+#pragma GCC unroll 12
+        for (int i = 0; i < ROWS; i++) {
+            const Pairs x = a[k * ROWS + i] - Pairs{};
+            t.at[i][0] = add_pairs(t.at[i][0], x, b0);
+            t.at[i][1] = add_pairs(t.at[i][1], x, b1);
+        }
+    }
+}
+
+// --- either kind: fp32, or pairs of bf16 in the same words -----------------------------------------
+
+static inline int64_t depth(int64_t K, bool pairs) { return pairs ? (K + 1) / 2 : K; }  // words a row of K takes
+
+template <int W>
+static void pack_any(const Matrix& m, int64_t first, int64_t k0, int64_t K, bool pairs, float* out) {
+    if (pairs) pack_pairs<W>(m, first, k0, K, reinterpret_cast<uint32_t*>(out));
+    else pack<W>(m, first, k0, K, 1.0f, out);
+}
+
+// t += a b of packed operands.
+static inline __attribute__((always_inline)) void add_packed(Tile& t, const float* a, const float* b, int64_t K,
+                                                             bool pairs) {
+    if (pairs) {
+        add_product_pairs(t, reinterpret_cast<const uint32_t*>(a), reinterpret_cast<const uint32_t*>(b), depth(K, true));
+    } else {
+        add_product<true>(t, a, ROWS, b, K);
+    }
+}
