@@ -13,6 +13,7 @@ import sys
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kernels import chunked, reference
@@ -20,13 +21,14 @@ from kernels.constant import constant_weights as constant_weights
 from kernels.constant import derived
 from kernels.pieces import Pieces as Pieces
 
+default = os.environ.get("MPO_KERNELS") or None  # the implementation where none is named; None: the best one
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
 try:
     from kernels import cpu
 
     IMPLEMENTATIONS["cpu"] = cpu
 except OSError:
-    if os.environ.get("MPO_KERNELS") != "reference":
+    if default != "reference":
         print(
             "kernels: kernels/cpp is not compiled for this processor (make setup); using plain torch", file=sys.stderr
         )
@@ -59,7 +61,7 @@ class PolicyReference(NamedTuple):
 
 def _implementation(impl: str | None, function: str, *tensors: Tensor) -> ModuleType:
     """The one dispatch rule: the named implementation, or the last of the list that takes these tensors."""
-    impl = impl or os.environ.get("MPO_KERNELS") or None
+    impl = impl or default
     if impl is not None:
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -100,16 +102,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, impl: str | None 
     Args: q (N, H, d); k, v (N, H_kv, d), each head of which serves H / H_kv query heads.
     Returns: (N, H, d); differentiable in all three.
     """
-    result: Tensor = _implementation(impl, "attention", q, k).attention(q, k, v, pieces)
+    result: Tensor = _implementation(impl, "attention", q, k).attention(q, k, v, pieces, _bf16)
     return result
 
 
 def kv_cache(
     layers: int, rows: int, length: int, heads: int, dim: int, like: Tensor, impl: str | None = None
 ) -> reference.KVCache:
-    """An empty cache (reference.KVCache) for `rows` texts of at most `length` tokens, of the type of `like`."""
+    """An empty cache (reference.KVCache) for `rows` texts of at most `length` tokens, typed like `like`, or bf16."""
     module = _implementation(impl, "KVCache", like, like)
-    result: reference.KVCache = module.KVCache(layers, rows, length, heads, dim, like)
+    dtype = torch.bfloat16 if _bf16 else like.dtype
+    result: reference.KVCache = module.KVCache(layers, rows, length, heads, dim, dtype)
     return result
 
 

@@ -40,8 +40,10 @@ def _by_piece(x: Tensor, index: Tensor, heads: int) -> Tensor:
     return found.repeat_interleave(heads // found.shape[1], 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, over the keys that each token sees."""
+def attention(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, bf16: bool) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, over the keys that each token sees; with bf16, q and k are rounded to it first."""
+    if bf16:
+        q, k = q.bfloat16().to(q.dtype), k.bfloat16().to(k.dtype)
     H, at = q.shape[1], pieces.padded
     keys, values = (_by_piece(x, torch.cat((at.before, at.own), 1), H) for x in (k, v))  # (S, H, P + T, d)
     out = F.scaled_dot_product_attention(_by_piece(q, at.own, H), keys, values, attn_mask=at.visible[:, None])
@@ -51,23 +53,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces) -> Tensor:
 class KVCache:
     """Keys and values of B texts that grow by a token a step, for generation; without gradients."""
 
-    def __init__(self, layers: int, rows: int, length: int, heads: int, dim: int, like: Tensor):
-        self.store = torch.zeros(layers, 2, rows, length, heads, dim, dtype=like.dtype, device=like.device)
+    def __init__(self, layers: int, rows: int, length: int, heads: int, dim: int, dtype: torch.dtype):
+        self.store = torch.zeros(layers, 2, rows, length, heads, dim, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long)  # (B,): tokens stored so far
 
     def fill(self, layer: int, k: Tensor, v: Tensor, pieces: Pieces) -> None:
         """Store the beginnings of all rows: keys and values (N, H_kv, d) of B roots."""
         at = pieces.padded
         for store, x in zip(self.store[layer], (k, v), strict=True):
-            store[:, : at.own.shape[1]] = x[at.own]
+            store[:, : at.own.shape[1]] = x[at.own].to(store.dtype)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store one more token of each row, k and v (B, H_kv, d), and attend from it: q (B, H, d) -> (B, H, d)."""
         rows, H = torch.arange(len(q)), q.shape[1]
-        self.store[layer, 0, rows, self.lengths], self.store[layer, 1, rows, self.lengths] = k, v
+        self.store[layer, 0, rows, self.lengths], self.store[layer, 1, rows, self.lengths] = (
+            k.to(self.store.dtype),
+            v.to(self.store.dtype),
+        )
         longest = int(self.lengths.max()) + 1
         visible = torch.arange(longest) <= self.lengths[:, None]  # (B, T)
-        keys, values = (x[:, :longest].transpose(1, 2).repeat_interleave(H // x.shape[2], 1) for x in self.store[layer])
+        keys, values = (
+            self.store[layer, :, :, :longest].to(q.dtype).transpose(2, 3).repeat_interleave(H // k.shape[1], 2)
+        )
         mask = visible[:, None, None]
         return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
 

@@ -39,8 +39,8 @@ def keep_freed_memory() -> None:
 
 def setup_torch(config: Common) -> None:
     """Threads, memory, precision, and denormals flushed (they slow small models down a hundredfold)."""
-    if (chosen := os.environ.get("MPO_KERNELS", "")) not in ("", *kernels.IMPLEMENTATIONS):
-        raise InputError(f"MPO_KERNELS={chosen}: expected one of {', '.join(kernels.IMPLEMENTATIONS)} here")
+    if kernels.default not in (None, *kernels.IMPLEMENTATIONS):
+        raise InputError(f"MPO_KERNELS={kernels.default}: expected one of {', '.join(kernels.IMPLEMENTATIONS)} here")
     torch.set_num_threads(config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     torch.set_flush_denormal(True)
     kernels.use_bf16(getattr(config, "bf16", False))

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "tiles.h"
+#include "bf16.h"
 
 namespace {
 
@@ -15,11 +15,13 @@ int64_t padded(int64_t n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
 struct Shape {
     int64_t N, S, H, KV, d;  // tokens, pieces, query heads, key heads, width of a head
+    bool pairs;              // products over d in bf16
     const int64_t *lengths, *parents;
     std::vector<int64_t> starts, roots;  // roots: the pieces that are, and S
 
-    Shape(int64_t N, int64_t S, int64_t H, int64_t KV, int64_t d, const int64_t* lengths, const int64_t* parents)
-        : N(N), S(S), H(H), KV(KV), d(d), lengths(lengths), parents(parents), starts(S) {
+    Shape(int64_t N, int64_t S, int64_t H, int64_t KV, int64_t d, bool pairs, const int64_t* lengths,
+          const int64_t* parents)
+        : N(N), S(S), H(H), KV(KV), d(d), pairs(pairs), lengths(lengths), parents(parents), starts(S) {
         int64_t start = 0;
         for (int64_t s = 0; s < S; s++) {
             starts[s] = start;
@@ -51,10 +53,10 @@ void gather(const float* x, int64_t stride, const Seen& seen, int64_t d, float* 
     for (int64_t key = 0; key < seen.all(); key++) std::memcpy(out + key * d, x + seen.token(key) * stride, d * 4);
 }
 
-// (L, d) as [panel of keys][d][PANEL]: the right operand of a product over d.
-void pack_across(const float* x, int64_t L, int64_t d, float* out) {
+// (L, d) as [panel of keys][depth][PANEL]: the right operand of a product over d.
+void pack_across(const float* x, int64_t L, int64_t d, bool pairs, float* out) {
     const Matrix m{x, L, d, d, 1, false};
-    for (int64_t key = 0; key < L; key += PANEL) pack<PANEL>(m, key, 0, d, 1.0f, out + key * d);
+    for (int64_t key = 0; key < L; key += PANEL) pack_any<PANEL>(m, key, 0, d, pairs, out + key * depth(d, pairs));
 }
 
 // (L, d) of any stride as [panel of d][L][PANEL]: the right operand of a product over L.
@@ -69,22 +71,17 @@ void pack_along(const float* x, int64_t L, int64_t d, int64_t stride, float* out
     }
 }
 
-// out (count, width of `valid` columns) of ROWS packed rows [K][ROWS] and panels [K][PANEL] of columns.
-void product_across(const float* rows, const float* panels, int64_t K, int64_t count, int64_t valid, float* out,
-                    int64_t stride) {
+// out (ROWS, whole panels of `valid` columns) = scale times a product over d: rows [first, first + ROWS) of x (T, d)
+// against packed keys.
+void product_across(const float* x, int64_t T, int64_t d, int64_t stride, int64_t first, float scale, bool pairs,
+                    const float* keys, int64_t valid, float* room, float* out, int64_t wide) {
+    pack_any<ROWS>(Matrix{x, T, d, stride, 1, false}, first, 0, d, pairs, room);
     for (int64_t column = 0; column < valid; column += PANEL) {
         Tile t{};
-        add_product<true>(t, rows, ROWS, panels + column * K, K);
-        for (int64_t i = 0; i < count; i++) {
-            store(out + i * stride + column, t.at[i][0]);
-            store(out + i * stride + column + LANES, t.at[i][1]);
-        }
+        add_packed(t, room, keys + column * depth(d, pairs), d, pairs);
+        for (auto& row : t.at) row[0] *= scale, row[1] *= scale;
+        put(t, ROWS, PANEL, false, out + column, wide);
     }
-}
-
-// Rows of x (T, d) of one head, times scale, as [d][ROWS].
-void pack_rows(const float* x, int64_t T, int64_t d, int64_t stride, int64_t first, float scale, float* out) {
-    pack<ROWS>(Matrix{x, T, d, stride, 1, false}, first, 0, d, scale, out);
 }
 
 // Scores to softmax weights, in place: e^(z - m) of the `visible` keys, 0 up to `end`; returns {m, sum}.
@@ -111,15 +108,15 @@ struct Forward {
         const Buffer rows = buffer(L * d), keys = buffer(wide * d), values = buffer(L * padded(d));
         const Buffer scores = buffer(ROWS * wide), packed = buffer(ROWS * d);
         gather(k + kv * d, key_stride, seen, d, rows.get());
-        pack_across(rows.get(), L, d, keys.get());
+        pack_across(rows.get(), L, d, s.pairs, keys.get());
         gather(v + kv * d, key_stride, seen, d, rows.get());
         pack_along(rows.get(), L, d, d, values.get());
         for (int64_t h = kv * s.groups(); h < (kv + 1) * s.groups(); h++) {
             const float* mine = q + seen.own * query_stride + h * d;
             for (int64_t first = 0; first < seen.T; first += ROWS) {
                 const int64_t count = std::min<int64_t>(ROWS, seen.T - first), visible = seen.P + first + count;
-                pack_rows(mine, seen.T, d, query_stride, first, 1 / std::sqrt(float(d)), packed.get());
-                product_across(packed.get(), keys.get(), d, ROWS, visible, scores.get(), wide);
+                product_across(mine, seen.T, d, query_stride, first, 1 / std::sqrt(float(d)), s.pairs, keys.get(), visible,
+                               packed.get(), scores.get(), wide);
                 float scale[ROWS];
                 for (int64_t i = 0; i < count; i++) {
                     const auto [m, total] = exponentials(scores.get() + i * wide, seen.P + first + i + 1, padded(visible));
@@ -155,9 +152,9 @@ struct Backward {
         const Buffer weights = buffer(block * wide + ROWS), slopes = buffer(block * wide + ROWS), packed = buffer(ROWS * d);
         const Buffer queries = buffer(block * padded(d)), outs = buffer(block * padded(d));
         gather(v + kv * d, key_stride, seen, d, rows.get());
-        pack_across(rows.get(), L, d, values.get());
+        pack_across(rows.get(), L, d, s.pairs, values.get());
         gather(k + kv * d, key_stride, seen, d, rows.get());
-        pack_across(rows.get(), L, d, keys.get());
+        pack_across(rows.get(), L, d, s.pairs, keys.get());
         pack_along(rows.get(), L, d, d, along.get());
         const float scale = 1 / std::sqrt(float(d));
         for (int64_t h = kv * s.groups(); h < (kv + 1) * s.groups(); h++) {
@@ -167,10 +164,10 @@ struct Backward {
                 for (int64_t first = start; first < start + size; first += ROWS) {
                     const int64_t count = std::min<int64_t>(ROWS, start + size - first), at = (first - start) * wide;
                     float *w = weights.get() + at, *slope = slopes.get() + at;
-                    pack_rows(q + offset, seen.T, d, query_stride, first, scale, packed.get());
-                    product_across(packed.get(), keys.get(), d, ROWS, seen.P + first + count, w, wide);
-                    pack_rows(d_out + offset, seen.T, d, query_stride, first, 1.0f, packed.get());
-                    product_across(packed.get(), values.get(), d, ROWS, seen.P + first + count, slope, wide);
+                    product_across(q + offset, seen.T, d, query_stride, first, scale, s.pairs, keys.get(),
+                                   seen.P + first + count, packed.get(), w, wide);
+                    product_across(d_out + offset, seen.T, d, query_stride, first, 1.0f, s.pairs, values.get(),
+                                   seen.P + first + count, packed.get(), slope, wide);
                     for (int64_t i = 0; i < count; i++) {
                         row(s, seen.own + first + i, h, seen.P + first + i + 1, padded(visible), scale, w + i * wide, slope + i * wide);
                     }
@@ -223,8 +220,9 @@ struct Backward {
 }  // namespace
 
 extern "C" void attention(const float* q, const float* k, const float* v, const int64_t* lengths, const int64_t* parents,
-                          int64_t N, int64_t S, int64_t H, int64_t KV, int64_t d, int64_t threads, float* out, float* lse) {
-    const Shape s(N, S, H, KV, d, lengths, parents);
+                          int64_t N, int64_t S, int64_t H, int64_t KV, int64_t d, int64_t bf16, int64_t threads, float* out,
+                          float* lse) {
+    const Shape s(N, S, H, KV, d, bf16, lengths, parents);
     const Forward forward{q, k, v, out, lse};
 #pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
     for (int64_t piece = 0; piece < S; piece++) {
@@ -235,9 +233,9 @@ extern "C" void attention(const float* q, const float* k, const float* v, const 
 // dk and dv come as zeros.
 extern "C" void attention_backward(const float* q, const float* k, const float* v, const float* out, const float* lse,
                                    const float* d_out, const int64_t* lengths, const int64_t* parents, int64_t N,
-                                   int64_t S, int64_t H, int64_t KV, int64_t d, int64_t threads, float* dq, float* dk,
-                                   float* dv) {
-    const Shape s(N, S, H, KV, d, lengths, parents);
+                                   int64_t S, int64_t H, int64_t KV, int64_t d, int64_t bf16, int64_t threads, float* dq,
+                                   float* dk, float* dv) {
+    const Shape s(N, S, H, KV, d, bf16, lengths, parents);
     const Backward backward{q, k, v, out, lse, d_out, dq, dk, dv};
     const int64_t trees = int64_t(s.roots.size()) - 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)

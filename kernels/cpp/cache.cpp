@@ -1,32 +1,50 @@
 // Keys and values of texts that grow by a token a step, and one query a text against them: what
-// generation does, limited by the memory that it reads. For each slot and head, keys are
-// [block of LANES tokens][d][LANES], so that LANES scores appear side by side, and values [token][d].
+// generation does, limited by the memory that it reads: fp32, or bf16 for half as much. For each slot and head,
+// keys are [block of LANES tokens][d][LANES], so that LANES scores appear side by side, and values [token][d].
 
-#include "tiles.h"
+#include "bf16.h"
 
 namespace {
 
+typedef uint16_t Half;
+
+float number(float x) { return x; }
+float number(Half x) { return Matrix{&x, 1, 1, 1, 1, true}.at(0, 0); }
+void set(float& to, float x) { to = x; }
+void set(Half& to, float x) { to = Half(pair(x, 0.0f)); }
+
+Vec numbers(const float* from) { return load(from); }
+Vec numbers(const Half* from) {
+    typedef Half Halves __attribute__((vector_size(LANES * 2)));
+    Halves h;
+    std::memcpy(&h, from, sizeof h);
+    return (Vec)(__builtin_convertvector(h, Pairs) << 16);
+}
+
+template <class X>
 struct Cache {  // one layer
-    float *keys, *values;
+    X *keys, *values;
     int64_t heads, length, d;  // length: room for tokens, a multiple of LANES
 
-    float* keys_of(int64_t slot, int64_t head) const { return keys + (slot * heads + head) * length * d; }
-    float* values_of(int64_t slot, int64_t head) const { return values + (slot * heads + head) * length * d; }
+    X* keys_of(int64_t slot, int64_t head) const { return keys + (slot * heads + head) * length * d; }
+    X* values_of(int64_t slot, int64_t head) const { return values + (slot * heads + head) * length * d; }
 
     void put(int64_t slot, int64_t head, int64_t at, const float* k, const float* v) const {
-        float* to = keys_of(slot, head) + at / LANES * LANES * d + at % LANES;
-        for (int64_t i = 0; i < d; i++) to[i * LANES] = k[i];
-        std::memcpy(values_of(slot, head) + at * d, v, d * 4);
+        X* to = keys_of(slot, head) + at / LANES * LANES * d + at % LANES;
+        for (int64_t i = 0; i < d; i++) set(to[i * LANES], k[i]);
+        to = values_of(slot, head) + at * d;
+        for (int64_t i = 0; i < d; i++) set(to[i], v[i]);
     }
 };
 
 // softmax(q k) v over `count` tokens; scores has room for all.
-void one_query(const float* q, const float* keys, const float* values, int64_t count, int64_t d, float* scores, float* out) {
+template <class X>
+void one_query(const float* q, const X* keys, const X* values, int64_t count, int64_t d, float* scores, float* out) {
     const float scale = 1 / std::sqrt(float(d));
     Vec top = splat(-1e30f), total{};
     for (int64_t t = 0; t < count; t += LANES) {
         Vec z{};
-        for (int64_t i = 0; i < d; i++) z += q[i] * load(keys + (t / LANES * d + i) * LANES);
+        for (int64_t i = 0; i < d; i++) z += q[i] * numbers(keys + (t / LANES * d + i) * LANES);
         z *= scale;
         for (int64_t lane = count - t; lane < LANES; lane++) z[lane] = -1e30f;
         store(scores + t, z);
@@ -44,30 +62,26 @@ void one_query(const float* q, const float* keys, const float* values, int64_t c
         Vec o[4]{};  // four sums, so that no addition waits for the one before
         int64_t t = 0;
         for (; t + 4 <= count; t += 4) {
-            for (int k = 0; k < 4; k++) o[k] += scores[t + k] * load(values + (t + k) * d + i);
+            for (int k = 0; k < 4; k++) o[k] += scores[t + k] * numbers(values + (t + k) * d + i);
         }
-        for (; t < count; t++) o[0] += scores[t] * load(values + t * d + i);
+        for (; t < count; t++) o[0] += scores[t] * numbers(values + t * d + i);
         store(out + i, (o[0] + o[1] + (o[2] + o[3])) * inverse);
     }
     for (; i < d; i++) {
         float o = 0;
-        for (int64_t t = 0; t < count; t++) o += scores[t] * values[t * d + i];
+        for (int64_t t = 0; t < count; t++) o += scores[t] * number(values[t * d + i]);
         out[i] = o * inverse;
     }
 }
 
-}  // namespace
-
-// The beginnings of S texts, packed end to end: k, v (N, heads, d).
-extern "C" void cache_fill(float* keys, float* values, const float* k, const float* v, const int64_t* lengths, int64_t S,
-                           int64_t heads, int64_t length, int64_t d, int64_t threads) {
-    const Cache cache{keys, values, heads, length, d};
+template <class X>
+void fill(const Cache<X>& cache, const float* k, const float* v, const int64_t* lengths, int64_t S, int threads) {
     int64_t start = 0;
     for (int64_t s = 0; s < S; s++) {
 #pragma omp parallel for num_threads(threads)
-        for (int64_t head = 0; head < heads; head++) {
+        for (int64_t head = 0; head < cache.heads; head++) {
             for (int64_t t = 0; t < lengths[s]; t++) {
-                const int64_t at = ((start + t) * heads + head) * d;
+                const int64_t at = ((start + t) * cache.heads + head) * cache.d;
                 cache.put(s, head, t, k + at, v + at);
             }
         }
@@ -75,15 +89,13 @@ extern "C" void cache_fill(float* keys, float* values, const float* k, const flo
     }
 }
 
-// One more token of B texts, of which `lengths` are there: stored, then attended from. q, out (B, H, d).
-extern "C" void cache_attend(float* keys, float* values, const float* q, const float* k, const float* v,
-                             const int64_t* slots, const int64_t* lengths, int64_t B, int64_t H, int64_t heads,
-                             int64_t length, int64_t d, int64_t threads, float* out) {
-    const Cache cache{keys, values, heads, length, d};
-    const int64_t groups = H / heads;
+template <class X>
+void attend(const Cache<X>& cache, const float* q, const float* k, const float* v, const int64_t* slots,
+            const int64_t* lengths, int64_t B, int64_t H, int threads, float* out) {
+    const int64_t heads = cache.heads, groups = H / heads, d = cache.d;
 #pragma omp parallel num_threads(threads)
     {
-        const Buffer scores = buffer(length);
+        const Buffer scores = buffer(cache.length);
 #pragma omp for schedule(dynamic, 4) collapse(2)
         for (int64_t b = 0; b < B; b++) {
             for (int64_t head = 0; head < heads; head++) {
@@ -95,5 +107,25 @@ extern "C" void cache_attend(float* keys, float* values, const float* q, const f
                 }
             }
         }
+    }
+}
+
+}  // namespace
+
+// The beginnings of S texts, packed end to end: k, v (N, heads, d).
+extern "C" void cache_fill(void* keys, void* values, const float* k, const float* v, const int64_t* lengths, int64_t S,
+                           int64_t heads, int64_t length, int64_t d, int64_t bf16, int64_t threads) {
+    if (bf16) fill(Cache<Half>{(Half*)keys, (Half*)values, heads, length, d}, k, v, lengths, S, threads);
+    else fill(Cache<float>{(float*)keys, (float*)values, heads, length, d}, k, v, lengths, S, threads);
+}
+
+// One more token of B texts, of which `lengths` are there: stored, then attended from. q, out (B, H, d).
+extern "C" void cache_attend(void* keys, void* values, const float* q, const float* k, const float* v,
+                             const int64_t* slots, const int64_t* lengths, int64_t B, int64_t H, int64_t heads,
+                             int64_t length, int64_t d, int64_t bf16, int64_t threads, float* out) {
+    if (bf16) {
+        attend(Cache<Half>{(Half*)keys, (Half*)values, heads, length, d}, q, k, v, slots, lengths, B, H, threads, out);
+    } else {
+        attend(Cache<float>{(float*)keys, (float*)values, heads, length, d}, q, k, v, slots, lengths, B, H, threads, out);
     }
 }

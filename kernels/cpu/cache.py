@@ -14,22 +14,29 @@ BLOCK = 16  # a row's room is a multiple of this, which every processor's vector
 class KVCache:
     """See reference.py."""
 
-    def __init__(self, layers: int, rows: int, length: int, heads: int, dim: int, like: Tensor):
+    def __init__(self, layers: int, rows: int, length: int, heads: int, dim: int, dtype: torch.dtype):
         self.heads, self.dim, self.length = heads, dim, -(-length // BLOCK) * BLOCK
-        self.keys, self.values = torch.zeros(2, layers, rows, heads, self.length, dim, dtype=like.dtype)
+        self.keys, self.values = torch.zeros(2, layers, rows, heads, self.length, dim, dtype=dtype)
         self.lengths = torch.zeros(rows, dtype=torch.long)  # (B,)
         self.slots = torch.arange(rows)  # (B,): where each row lies in keys and values
 
     def fill(self, layer: int, k: Tensor, v: Tensor, pieces: Pieces) -> None:
         """See reference.py."""
-        sizes = len(pieces.lengths), self.heads, self.length, self.dim, torch.get_num_threads()
+        sizes = (
+            len(pieces.lengths),
+            self.heads,
+            self.length,
+            self.dim,
+            int(self.keys.dtype == torch.bfloat16),
+            torch.get_num_threads(),
+        )
         k, v = k.contiguous(), v.contiguous()
         call("cache_fill", self.keys[layer], self.values[layer], k, v, pieces.lengths, *sizes)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See reference.py."""
         (B, H, _), out = q.shape, torch.empty_like(q)
-        sizes = B, H, self.heads, self.length, self.dim, torch.get_num_threads()
+        sizes = B, H, self.heads, self.length, self.dim, int(self.keys.dtype == torch.bfloat16), torch.get_num_threads()
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         call("cache_attend", self.keys[layer], self.values[layer], q, k, v, self.slots, self.lengths, *sizes, out)
         return out

@@ -36,8 +36,8 @@ class _Linear(Function):
 class _RMSNorm(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        N, D = x.shape
-        out, inverse = torch.empty_like(x), torch.empty(N)
+        (N, D), out = x.shape, torch.empty_like(x)
+        inverse = torch.empty(N)
         call("rms_norm", x, weight, N, D, eps, torch.get_num_threads(), out, inverse)
         ctx.save_for_backward(x, weight, inverse)
         return out
@@ -81,28 +81,28 @@ class _Rotate(Function):
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, bf16: bool) -> Tensor:
         N, H, _ = q.shape
         out, lse = torch.empty_like(q), torch.empty(N, H)
-        call("attention", q, k, v, *_shape(q, k, pieces), out, lse)
+        call("attention", q, k, v, *_shape(q, k, pieces, bf16), out, lse)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.pieces = pieces
+        ctx.pieces, ctx.bf16 = pieces, bf16
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        sizes = _shape(q, k, ctx.pieces)
+        sizes = _shape(q, k, ctx.pieces, ctx.bf16)
         call("attention_backward", q, k, v, out, lse, grads[0].contiguous(), *sizes, dq, dk, dv)
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
-def _shape(q: Tensor, k: Tensor, pieces: Pieces) -> tuple[Tensor | int, ...]:
+def _shape(q: Tensor, k: Tensor, pieces: Pieces, bf16: bool) -> tuple[Tensor | int, ...]:
     (N, H, d), S = q.shape, len(pieces.lengths)
     if int(pieces.lengths.sum()) != N:
         raise ValueError(f"pieces of {int(pieces.lengths.sum())} tokens, but {N} queries")
-    return pieces.lengths, pieces.parents, N, S, H, k.shape[1], d, torch.get_num_threads()
+    return pieces.lengths, pieces.parents, N, S, H, k.shape[1], d, int(bf16), torch.get_num_threads()
 
 
 def linear(x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
@@ -135,7 +135,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return result
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, bf16: bool) -> Tensor:
     """See reference.py."""
-    result: Tensor = _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), pieces)
+    result: Tensor = _Attention.apply(q.contiguous(), k.contiguous(), v.contiguous(), pieces, bf16)
     return result

@@ -15,17 +15,17 @@ PANEL = 32  # the columns of a tile are a part of this (cpp/vectors.h)
 _library = ctypes.CDLL(str(library()))  # OSError where it has not been built
 
 
-def call(function: str, *arguments: Tensor | int | float | None) -> None:
+Argument = Tensor | int | float | None
+_types: dict[str, list[Any]] = {}
+
+
+def call(function: str, *arguments: Argument) -> None:
     """Pass tensors as pointers; the caller keeps them alive, contiguous and of the right dtype."""
-
-    def c(x: Tensor | int | float | None) -> Any:
-        if x is None:
-            return ctypes.c_void_p(None)
-        if isinstance(x, Tensor):
-            return ctypes.c_void_p(x.data_ptr())
-        return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_int64(x)
-
-    getattr(_library, function)(*map(c, arguments))
+    compiled = getattr(_library, function)
+    if function not in _types:  # declared once: generation makes thousands of calls a second
+        kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+        _types[function] = compiled.argtypes = [kinds.get(type(x), ctypes.c_void_p) for x in arguments]
+    compiled(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 
 def matmul(a: Tensor, b: Tensor, bf16: bool = False) -> Tensor:
