@@ -152,7 +152,12 @@ claims: .venv/.figures
 	.peers/now/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 trl==1.16.0 transformers==5.23.0
 	@touch $@
 
-bench: .venv/.ready .peers/now/.done
+.peers/ppo/.done:
+	$(PYTHON) -m venv .peers/ppo
+	.peers/ppo/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 trl==0.23.1 transformers==4.57.1
+	@touch $@
+
+bench: .venv/.ready .peers/now/.done .peers/ppo/.done
 	@$(PY) -m benchmarks.run $(BENCH_FLAGS)
 
 # --- development ------------------------------------------------------------------------------

@@ -10,14 +10,19 @@ import torch
 
 from benchmarks import turns
 from benchmarks import workload as w
+from mpo.config import PPOConfig
 from mpo.data.batches import Pair
 from mpo.data.rows import Row
 from mpo.losses import PREFERENCE_LOSSES, bradley_terry
 from mpo.model import Llama, LlamaConfig, initialise, scalar_from
+from mpo.ppo import whiten
+from mpo.ppo_update import Critic, Learner, Update, update
+from mpo.rollout import roll_out
 from mpo.sampling import Sampling, generate
 from mpo.scoring import score_pairs
 from mpo.training import adamw, optimiser_step, setup_torch
 from train_dpo import pair_logps, reference_logps
+from train_ppo import advantages_of
 
 
 def model(seed: int) -> Llama:
@@ -60,6 +65,39 @@ def reward() -> Callable[[], object]:
     return step
 
 
+def ppo() -> Callable[[], object]:
+    """An iteration of PPO: rollout, scores, advantages, updates of policy and critic."""
+    policy, ref = model(0), model(0).requires_grad_(False)
+    rm, value_model = (scalar_from(model(i), torch.Generator().manual_seed(i)) for i in (1, 2))
+    config = PPOConfig(
+        out="",
+        prompts="",
+        model="",
+        ref="",
+        rm="",
+        lr=w.LR,
+        critic_lr=w.LR,
+        batch=w.ROLLOUT,
+        minibatch=w.ROLLOUT // w.MINIBATCHES,
+        microbatch=w.ROLLOUT,
+        epochs=w.EPOCHS,
+        max_new=w.RESPONSE,
+        critic_warmup=0,
+    )
+    critic = Critic(value_model, adamw(value_model, w.LR, 0.0, eps=1e-5))
+    learner = Learner(policy, adamw(policy, w.LR, 0.0, eps=1e-5), ref, critic)
+    prompts, draw = w.tokens(w.ROLLOUT, w.PROMPT), torch.Generator().manual_seed(0)
+    sampling = Sampling(w.RESPONSE, 1.0, eos=-1)  # no token ends a response
+
+    def iteration() -> None:
+        rollout = roll_out(policy, ref, rm, critic.model, prompts, sampling, draw, config.microbatch)
+        advantages, returns = advantages_of(rollout, rollout.scores, config.kl_coef, config)
+        advantages = whiten(advantages, rollout.tokens.mask)
+        update(learner, Update(rollout, advantages, returns, config.kl_coef), 0, config)
+
+    return iteration
+
+
 def generation() -> Callable[[], object]:
     """A batch of responses, all of full length."""
     policy, prompts = model(0), w.tokens(w.ROLLOUT, w.PROMPT)
@@ -73,6 +111,7 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "dpo-best": lambda: dpo(cached=True),
     "reward": reward,
     "generate": generation,
+    "ppo": ppo,
 }
 
 if __name__ == "__main__":

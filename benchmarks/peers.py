@@ -95,6 +95,64 @@ def reward() -> None:
         trainer.train()
 
 
+class Iterations(TrainerCallback):
+    """Let PPOTrainer, which announces ends only, do one iteration a turn."""
+
+    def on_train_begin(self, *args, **kwargs):
+        turns.ready()
+        self.began = turns.wait()
+
+    def on_step_end(self, *args, **kwargs):
+        turns.report(self.began)
+        self.began = turns.wait()
+
+
+def ppo() -> None:
+    """trl's PPOTrainer (0.23.1): four models, rollouts of transformers' `generate`."""
+    from datasets import Dataset
+    from trl import PPOConfig, PPOTrainer
+
+    policy, ref = (LlamaForCausalLM(LlamaConfig(**w.SHAPE)) for _ in range(2))
+    rm, critic = (LlamaForSequenceClassification(LlamaConfig(**w.SHAPE, num_labels=1)) for _ in range(2))
+    for model in (policy, ref):
+        model.generation_config.pad_token_id = w.SHAPE["pad_token_id"]
+    data = Dataset.from_list([{"input_ids": ids} for ids in w.tokens(w.ROLLOUT, w.PROMPT)] * 200)
+    with tempfile.TemporaryDirectory() as folder:
+        config = PPOConfig(
+            output_dir=folder,
+            per_device_train_batch_size=w.ROLLOUT,
+            gradient_accumulation_steps=1,
+            local_rollout_forward_batch_size=w.ROLLOUT,
+            num_ppo_epochs=w.EPOCHS,
+            num_mini_batches=w.MINIBATCHES,
+            response_length=w.RESPONSE,
+            temperature=1.0,
+            learning_rate=w.LR,
+            total_episodes=10_000 * w.ROLLOUT,
+            num_sample_generations=0,
+            stop_token_id=-1,  # no token ends a response
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            gradient_checkpointing=False,
+        )
+        trainer = PPOTrainer(
+            args=config,
+            processing_class=tokenizer(),
+            model=policy,
+            ref_model=ref,
+            reward_model=rm,
+            value_model=critic,
+            train_dataset=data,
+            eval_dataset=data,
+            callbacks=[Iterations()],
+        )
+        trainer.train()
+
+
 def generation() -> None:
     """transformers' generate, sampling from the whole distribution."""
     policy = LlamaForCausalLM(LlamaConfig(**w.SHAPE)).eval()
@@ -111,4 +169,4 @@ def generation() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[2]))
     torch.manual_seed(0)
-    {"dpo": dpo, "reward": reward, "generate": generation}[sys.argv[1]]()
+    {"dpo": dpo, "reward": reward, "generate": generation, "ppo": ppo}[sys.argv[1]]()

@@ -31,9 +31,14 @@ class Contest:
 
 CONTESTS = (
     Contest("DPO step, same maths, fp32", "dpo", "dpo", "now", 5.0),
-    Contest("DPO step, best flags", "dpo-best", "dpo", "now", 8.0),
+    Contest("DPO step, reference cached", "dpo-best", "dpo", "now", 5.0),
+    Contest("DPO step, reference cached, bf16", "dpo-best-bf16", "dpo", "now", 8.0),
     Contest("reward-model step", "reward", "reward", "now", 3.0),
+    Contest("reward-model step, bf16", "reward-bf16", "reward", "now", 3.0),
     Contest("generation, fp32", "generate", "generate", "now", 3.0),
+    Contest("generation, bf16", "generate-bf16", "generate", "now", 5.0),
+    Contest("PPO iteration, fp32", "ppo", "ppo", "ppo", 3.0),
+    Contest("PPO iteration, bf16", "ppo-bf16", "ppo", "ppo", 3.0),
 )
 
 
