@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+import kernels
+from kernels import Advantages
 from mpo import ppo
 from mpo.artifacts import Stage
 from mpo.checkpoint import load_model, load_scalar, save_model
@@ -39,17 +41,20 @@ def prompt_batches(prompts: list[list[int]], config: PPOConfig) -> Iterator[list
         waiting = waiting[each:]
 
 
-def advantages_of(rollout: Rollout, score: Tensor, kl_coef: float, config: PPOConfig) -> tuple[Tensor, Tensor | None]:
+def advantages_of(rollout: Rollout, score: Tensor, kl_coef: float, config: PPOConfig) -> Advantages:
     """From a rollout and its scores (B,) to advantages and (with a critic) returns, (B, R)."""
     t = rollout.tokens
     exact = config.kl_estimator == "exact"
     kl = t.kl if exact else ppo.kl_estimate(t.logp, t.ref_logp, config.kl_estimator)
-    rewards = ppo.shape_rewards(score, kl, t.mask, kl_coef if config.kl_in == "reward" else 0.0)
+    price = kl_coef if config.kl_in == "reward" else 0.0
+    if rollout.values is not None:
+        rest = config.gamma, config.lam, config.whiten_rewards
+        return kernels.advantages(score, kl, rollout.values, t.mask, price, *rest)
+    rewards = ppo.shape_rewards(score, kl, t.mask, price)
     if config.whiten_rewards:
         rewards = ppo.whiten(rewards, t.mask, keep_mean=True)
-    if rollout.values is None:
-        return ppo.GROUP_ESTIMATORS[config.advantage](rewards, t.mask, config.group), None
-    return ppo.gae(rewards, rollout.values, t.mask, config.gamma, config.lam)
+    found = ppo.GROUP_ESTIMATORS[config.advantage](rewards, t.mask, config.group)
+    return Advantages(found, torch.zeros_like(found), found)
 
 
 def check(config: PPOConfig) -> None:
@@ -103,12 +108,10 @@ def main(config: PPOConfig) -> None:
         if config.clip_score:
             score = score.clamp(-config.clip_score, config.clip_score)
         # 2. rewards (KL to the reference per token, the score at the last one) and advantages
-        advantages, returns = advantages_of(rollout, score, kl_coef, config)
-        metrics = rollout_metrics(rollout, advantages, returns) | {"kl_coef": kl_coef}
-        if critic:
-            advantages = ppo.whiten(advantages, rollout.tokens.mask)
+        found = advantages_of(rollout, score, kl_coef, config)
+        metrics = rollout_metrics(rollout, found) | {"kl_coef": kl_coef}
         # 3. updates
-        metrics |= update(learner, Update(rollout, advantages, returns, kl_coef), iteration, config)
+        metrics |= update(learner, Update(rollout, found.whitened, found.returns, kl_coef), iteration, config)
         # 4. the price of KL, and the reference, for the next rollout
         kl_coef = ppo.next_kl_coef(kl_coef, metrics["kl_k1"], config.kl_target, config.kl_horizon, config.batch)
         if config.ref_rate:

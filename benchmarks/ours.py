@@ -15,7 +15,6 @@ from mpo.data.batches import Pair
 from mpo.data.rows import Row
 from mpo.losses import PREFERENCE_LOSSES, bradley_terry
 from mpo.model import Llama, LlamaConfig, initialise, scalar_from
-from mpo.ppo import whiten
 from mpo.ppo_update import Critic, Learner, Update, update
 from mpo.rollout import roll_out
 from mpo.sampling import Sampling, generate
@@ -91,9 +90,8 @@ def ppo() -> Callable[[], object]:
 
     def iteration() -> None:
         rollout = roll_out(policy, ref, rm, critic.model, prompts, sampling, draw, config.microbatch)
-        advantages, returns = advantages_of(rollout, rollout.scores, config.kl_coef, config)
-        advantages = whiten(advantages, rollout.tokens.mask)
-        update(learner, Update(rollout, advantages, returns, config.kl_coef), 0, config)
+        found = advantages_of(rollout, rollout.scores, config.kl_coef, config)
+        update(learner, Update(rollout, found.whitened, found.returns, config.kl_coef), 0, config)
 
     return iteration
 

@@ -55,6 +55,14 @@ def _rounded(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.bfloat16(), derived("bf16", weight, Tensor.bfloat16)
 
 
+class Advantages(NamedTuple):
+    """Of each response token, (B, R), zero where the mask is False."""
+
+    advantages: Tensor
+    returns: Tensor
+    whitened: Tensor  # the advantages with mean 0 and variance 1
+
+
 class PolicyReference(NamedTuple):
     """Per-token results of one pass over policy and reference, each of shape (N,)."""
 
@@ -171,3 +179,23 @@ def sample_tokens(
     module = _implementation(impl, "sample_tokens", hidden, weight)
     result: tuple[Tensor, Tensor] = module.sample_tokens(hidden, weight, uniform, temperature)
     return result
+
+
+def advantages(
+    score: Tensor,
+    kl: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+    whiten_rewards: bool = False,
+    impl: str | None = None,
+) -> Advantages:
+    """Generalised advantage estimation (1506.02438, eq. 11) of KL-shaped rewards (2203.02155, section 3.5).
+
+    Args: score (B,), earned at the last token; kl, values (B, R), of each token; mask (B, R), True on a row's
+    first tokens; whiten_rewards scales the rewards to variance 1 first.
+    """
+    module = _implementation(impl, "advantages", score, values)
+    return Advantages(*module.advantages(score, kl, values, mask, kl_coef, gamma, lam, whiten_rewards))

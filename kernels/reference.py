@@ -130,3 +130,64 @@ def sample_tokens(hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: 
     tokens = torch.searchsorted(cdf, uniform[:, None].float() * total, right=True)  # (N, 1)
     tokens = tokens.clamp(max=logps.shape[-1] - 1)
     return tokens.squeeze(-1), logps.gather(-1, tokens).squeeze(-1)
+
+
+# --- advantages: (B, R), one column a response token, mask True on real ones ------------------------
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the entries where mask is True; 0 where there are none."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def whiten(x: Tensor, mask: Tensor, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
+    """Shift and scale to mean 0 (or to the mean it had) and variance 1 over the mask; zero elsewhere."""
+    mean = masked_mean(x, mask)
+    centred = (x - mean) * mask
+    scaled = centred * torch.rsqrt(masked_mean(centred**2, mask) + eps)
+    return (scaled + mean) * mask if keep_mean else scaled
+
+
+def shape_rewards(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Per-token rewards: -kl_coef * kl, plus the score at the last token.
+
+    Source: 2203.02155, section 3.5. score (B,); kl, an estimate per token, and the result (B, R).
+    """
+    last = mask.sum(1) - 1
+    rewards = -kl_coef * kl * mask
+    return rewards.index_put((torch.arange(len(score)), last), score, accumulate=True)
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (1506.02438, eq. 11) and the returns A + V.
+
+    A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t; V after the last
+    token is 0. Returns two (B, R) tensors, zero where the mask is False.
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    running = torch.zeros(len(rewards), dtype=rewards.dtype, device=rewards.device)
+    following = torch.zeros_like(running)  # V_{t+1}
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        running = (delta + gamma * lam * running) * mask[:, t]
+        advantages[:, t], following = running, values[:, t]
+    return advantages, (advantages + values) * mask
+
+
+def advantages(
+    score: Tensor,
+    kl: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+    whiten_rewards: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shaped rewards, whitened where that is wanted; GAE of them; the same whitened."""
+    rewards = shape_rewards(score, kl, mask, kl_coef)
+    if whiten_rewards:
+        rewards = whiten(rewards, mask, keep_mean=True)
+    found, returns = gae(rewards, values, mask, gamma, lam)
+    return found, returns, whiten(found, mask)

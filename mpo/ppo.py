@@ -1,7 +1,8 @@
 """The mathematics of PPO for language models as pure functions (1707.06347, 2403.17031).
 
 Tensors are (B, R): one column per response token, `mask` True on real ones. A response token
-is an action; the state it was chosen in is everything before it.
+is an action; the state it was chosen in is everything before it. Shaped rewards, GAE and whitening
+are a kernel: kernels.advantages; their equations are in kernels/reference.py.
 """
 
 from __future__ import annotations
@@ -9,18 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the entries where mask is True; 0 where there are none."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-def whiten(x: Tensor, mask: Tensor, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
-    """Shift and scale to mean 0 (or to the mean it had) and variance 1 over the mask; zero elsewhere."""
-    mean = masked_mean(x, mask)
-    centred = (x - mean) * mask
-    scaled = centred * torch.rsqrt(masked_mean(centred**2, mask) + eps)
-    return (scaled + mean) * mask if keep_mean else scaled
+from kernels.reference import masked_mean as masked_mean
+from kernels.reference import shape_rewards as shape_rewards
+from kernels.reference import whiten as whiten
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
@@ -33,34 +25,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, kind: str) -> Tensor:
     return {"k1": lambda: k1, "k2": lambda: k1**2 / 2, "k3": lambda: torch.exp(-k1) - 1 + k1}[kind]()
 
 
-def shape_rewards(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Per-token rewards: -kl_coef * kl, plus the score at the last token.
-
-    Source: 2203.02155, section 3.5. score (B,); kl, an estimate per token, and the result (B, R).
-    """
-    last = mask.sum(1) - 1
-    rewards = -kl_coef * kl * mask
-    return rewards.index_put((torch.arange(len(score)), last), score, accumulate=True)
-
-
-# --- advantages ---------------------------------------------------------------------------------
-
-
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (1506.02438, eq. 11) and the returns A + V.
-
-    A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t; V after the last
-    token is 0. Returns two (B, R) tensors, zero where the mask is False.
-    """
-    values = values * mask
-    advantages = torch.zeros_like(rewards)
-    running = torch.zeros(len(rewards), dtype=rewards.dtype, device=rewards.device)
-    following = torch.zeros_like(running)  # V_{t+1}
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        running = (delta + gamma * lam * running) * mask[:, t]
-        advantages[:, t], following = running, values[:, t]
-    return advantages, (advantages + values) * mask
+# --- advantages without a critic ----------------------------------------------------------------
 
 
 def _groups(rewards: Tensor, group: int) -> Tensor:
@@ -101,7 +66,7 @@ def reinforce_pp(rewards: Tensor, mask: Tensor, group: int) -> Tensor:
 
 
 GROUP_ESTIMATORS = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo, "reinforce++": reinforce_pp}
-"""The rivals of `gae` that need no critic: (rewards, mask, group) -> advantages, (B, R)."""
+"""The rivals of GAE that need no critic: (rewards, mask, group) -> advantages, (B, R)."""
 
 
 def token_weights(mask: Tensor, estimator: str, most: int) -> Tensor:

@@ -23,7 +23,7 @@ class Update:
 
     rollout: Rollout
     advantages: Tensor
-    returns: Tensor | None
+    returns: Tensor  # 0 without a critic
     kl_coef: float  # the price of KL, where it is part of the loss
 
 
@@ -76,7 +76,6 @@ def value_terms(critic: Critic, data: Update, index: Tensor, config: PPOConfig) 
     batch = data.rollout.batch.rows(index)
     R = batch.response_mask.shape[1]
     assert data.rollout.values is not None
-    assert data.returns is not None
     old_values, returns = data.rollout.values[index, :R], data.returns[index, :R]
     return ppo.value_losses(state_values(critic.model, batch), old_values, returns, config.value_clip)
 

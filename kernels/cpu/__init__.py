@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.constant import are_constant
+from kernels.cpu.advantages import advantages as advantages
 from kernels.cpu.cache import KVCache as KVCache
 from kernels.cpu.head import policy_reference as policy_reference
 from kernels.cpu.head import sample_tokens as sample_tokens
