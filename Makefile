@@ -7,7 +7,7 @@
 #   make ablate             compare losses, estimators, splits ... over seeds (GRID, VARY, VALUES, SEEDS)
 #   make claims             the paper's claims put to the test: hours (docs/protocol.md); REDUCED=1: minutes
 #   make bench                                 this project and its peers, timed side by side
-#   make test | make parity | make lint | make setup | make clean
+#   make test | make parity | make sanitize | make lint | make setup | make clean
 #
 # Variables:
 #   DATA    builtin, a folder in the task's official layout, or a row file (.jsonl, .jsonl.gz)
@@ -48,7 +48,7 @@ PIP    ?= .venv/bin/pip --disable-pip-version-check
 PY     := .venv/bin/python
 DONE   := manifest.json
 
-.PHONY: hh tldr pipeline chat report ablate claims bench setup test parity lint clean FORCE
+.PHONY: hh tldr pipeline chat report ablate claims bench setup test parity sanitize lint clean FORCE
 .DELETE_ON_ERROR:
 
 hh tldr:
@@ -199,6 +199,13 @@ test: .venv/.dev
 
 parity: .venv/.parity
 	$(PY) -m pytest tests/test_trl.py
+
+# The compiled kernels' tests with every access to memory checked.
+sanitize: export MPO_KERNELS_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: .venv/.dev
+	@$(PY) kernels/build.py
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libstdc++.so.6)" \
+	    $(PY) -m pytest tests/test_kernels.py tests/test_head_kernels.py tests/test_layer_kernels.py
 
 lint: .venv/.dev
 	$(PY) -m ruff format --check .

@@ -16,6 +16,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -fPIC -shared".split()
+FLAGS += os.environ.get("MPO_KERNELS_FLAGS", "").split()  # more of them: another library (make sanitize)
 
 
 def library() -> Path:
@@ -36,7 +37,7 @@ def compiler() -> str | None:
     )
 
 
-def build(extra: tuple[str, ...] = (), target: Path | None = None) -> Path:
+def build(target: Path | None = None) -> Path:
     """Compile to `target` (library() unless given); the file appears whole or not at all.
 
     Errors: RuntimeError with the compiler's words where there is none or it fails.
@@ -48,7 +49,7 @@ def build(extra: tuple[str, ...] = (), target: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f".{os.getpid()}.part")
     sources = sorted(map(str, SOURCES.glob("*.cpp")))
-    done = subprocess.run([found, *FLAGS, *extra, *sources, "-o", str(part)], capture_output=True, text=True)
+    done = subprocess.run([found, *FLAGS, *sources, "-o", str(part)], capture_output=True, text=True)
     if done.returncode:
         part.unlink(missing_ok=True)
         raise RuntimeError(f"{found} failed: {done.stderr.strip()[:2000]}")

@@ -149,7 +149,7 @@ struct Backward {
         const int64_t d = s.d, L = seen.all(), wide = padded(L), query_stride = s.H * d, key_stride = s.KV * d;
         const int64_t block = std::max<int64_t>(1, std::min(seen.T + ROWS - 1, SCORES / wide) / ROWS) * ROWS;
         const Buffer rows = buffer(L * d), keys = buffer(wide * d), values = buffer(wide * d), along = buffer(L * padded(d));
-        const Buffer weights = buffer(block * wide + ROWS), slopes = buffer(block * wide + ROWS), packed = buffer(ROWS * d);
+        const Buffer weights = buffer(block * wide), slopes = buffer(block * wide), packed = buffer(ROWS * d);
         const Buffer queries = buffer(block * padded(d)), outs = buffer(block * padded(d));
         gather(v + kv * d, key_stride, seen, d, rows.get());
         pack_across(rows.get(), L, d, s.pairs, values.get());
