@@ -205,7 +205,7 @@ sanitize: export MPO_KERNELS_FLAGS := -O1 -g -fsanitize=address,undefined -fno-s
 sanitize: .venv/.dev
 	@$(PY) kernels/build.py
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libstdc++.so.6)" \
-	    $(PY) -m pytest tests/test_kernels.py tests/test_head_kernels.py tests/test_layer_kernels.py
+	    $(PY) -m pytest --capture=sys tests/test_kernels.py tests/test_head_kernels.py tests/test_layer_kernels.py
 
 lint: .venv/.dev
 	$(PY) -m ruff format --check .
