@@ -153,7 +153,8 @@ claims: .venv/.figures
 # Peers, each in an environment of its own
 .peers/now/.done:
 	$(PYTHON) -m venv .peers/now
-	.peers/now/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 trl==1.16.0 transformers==5.23.0
+	.peers/now/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 trl==1.16.0 transformers==5.23.0 \
+	    cut-cross-entropy==25.1.1
 	@touch $@
 
 .peers/ppo/.done:

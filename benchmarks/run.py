@@ -8,38 +8,62 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import workload
 from experiments.grid import ROOT, commit, machine
-from mpo.artifacts import write_json
+from mpo.artifacts import read_json, write_json
 from mpo.config import parse, run_plain
 from mpo.errors import InputError
+from mpo.reporting import table
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One row of the table: a case of ours against a case of a peer."""
+    """One row of the first table: a case of ours against a case of a peer."""
 
     name: str
-    ours: str  # a case of ours.py
+    ours: str  # a case of ours.py; -bf16: in that precision
     peer: str  # a case of peers.py
     environment: str  # the peer's, a folder of .peers/
     target: float  # how many times as fast we mean to be
 
 
 CONTESTS = (
-    Contest("DPO step, same maths, fp32", "dpo", "dpo", "now", 5.0),
+    Contest("DPO step, same maths", "dpo", "dpo", "now", 5.0),
     Contest("DPO step, reference cached", "dpo-best", "dpo", "now", 5.0),
     Contest("DPO step, reference cached, bf16", "dpo-best-bf16", "dpo", "now", 8.0),
     Contest("reward-model step", "reward", "reward", "now", 3.0),
     Contest("reward-model step, bf16", "reward-bf16", "reward", "now", 3.0),
-    Contest("generation, fp32", "generate", "generate", "now", 3.0),
+    Contest("generation", "generate", "generate", "now", 3.0),
     Contest("generation, bf16", "generate-bf16", "generate", "now", 5.0),
-    Contest("PPO iteration, fp32", "ppo", "ppo", "ppo", 3.0),
+    Contest("PPO iteration", "ppo", "ppo", "ppo", 3.0),
     Contest("PPO iteration, bf16", "ppo-bf16", "ppo", "ppo", 3.0),
 )
+
+
+@dataclass(frozen=True)
+class Heads:
+    """One row of the second table: ways to get log-probs from hidden states."""
+
+    name: str
+    suffix: str
+    ways: tuple[str, ...]
+
+
+ALONE = ("ours", "product", "plain", "torch.compile", "linear_cross_entropy", "trl", "cut-cross-entropy")
+PAIR = ("ours", "product", "plain", "torch.compile")
+HEADS = (
+    Heads("log-probs", "", ALONE),
+    Heads("log-probs, with gradients", "-backward", tuple(way for way in ALONE if way != "product")),
+    Heads("policy, reference, KL, entropy", "-pair", PAIR),
+)
+THEIRS = ("trl", "cut-cross-entropy")  # ways that need the peers' environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +72,20 @@ class BenchConfig:
 
     repeats: int = 7  # turns of each, after one that does not count
     threads: int = 0  # of each; 0: one a core
-    only: str = ""  # only the contests whose name holds this
+    only: str = ""  # only the rows whose name holds this; the others stay as they were
     out: str = "bench.json"  # every number measured
-    page: str = "docs/benchmarks.md"  # the table
+    page: str = "docs/benchmarks.md"  # the tables
 
 
 class Worker:
     """A process that does one step a turn (turns.py)."""
 
-    def __init__(self, command: list[str], threads: int):
+    def __init__(self, command: Sequence[str], threads: int):
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self.words = tempfile.TemporaryFile("w+")  # what it says besides  # noqa: SIM115
-        self.command = command
+        self.command = [*command, str(threads)]
         self.process = subprocess.Popen(
-            [*command, str(threads)],
+            self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.words,
@@ -71,7 +95,7 @@ class Worker:
         )
         self.loaded_mib = self._read()["mib"]
 
-    def turn(self) -> dict[str, Any]:
+    def turn(self) -> Row:
         """One step: {"seconds", "peak_mib"}."""
         assert self.process.stdin
         self.process.stdin.write("\n")
@@ -83,72 +107,115 @@ class Worker:
         self.process.kill()
         self.process.wait()
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> Row:
         assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
             self.words.seek(0)
             words = self.words.read().strip().splitlines()[-5:]
             raise InputError(f"{' '.join(self.command)} ended: " + " | ".join(words))
-        result: dict[str, Any] = json.loads(line)
+        result: Row = json.loads(line)
         return result
 
 
-def hold(contest: Contest, repeats: int, threads: int) -> dict[str, Any]:
-    """Let both take turns; medians, and every time measured."""
-    python = ROOT / ".peers" / contest.environment / "bin" / "python"
-    workers = {
-        "ours": Worker([sys.executable, "-m", "benchmarks.ours", contest.ours], threads),
-        "peer": Worker([str(python), "benchmarks/peers.py", contest.peer], threads),
-    }
-    turns: dict[str, list[dict[str, Any]]] = {side: [] for side in workers}
+def hold(commands: Mapping[str, Sequence[str]], repeats: int, threads: int) -> dict[str, Row]:
+    """Let all take turns: for each its median and every time, and the memory of a step above what it had loaded."""
+    workers: dict[str, Worker] = {}
+    turns: dict[str, list[Row]] = {name: [] for name in commands}
     try:
+        for name, command in commands.items():
+            workers[name] = Worker(command, threads)
         for _ in range(repeats + 1):
-            for side, worker in workers.items():
-                turns[side].append(worker.turn())
+            for name, worker in workers.items():
+                turns[name].append(worker.turn())
     finally:
         for worker in workers.values():
             worker.stop()
-    row: dict[str, Any] = {"name": contest.name, "target": contest.target}
-    for side, worker in workers.items():
-        times = [turn["seconds"] for turn in turns[side][1:]]
-        row[side] = statistics.median(times)
-        row[f"{side}_all"] = times
-        row[f"{side}_step_mib"] = turns[side][-1]["peak_mib"] - worker.loaded_mib
-    row["ratio"] = row["peer"] / row["ours"]
-    row["memory_ratio"] = row["ours_step_mib"] / row["peer_step_mib"]
+    found = {}
+    for name, worker in workers.items():
+        times = [turn["seconds"] for turn in turns[name][1:]]
+        step_mib = turns[name][-1]["peak_mib"] - worker.loaded_mib
+        found[name] = {"seconds": statistics.median(times), "all": times, "step_mib": step_mib}
+    return found
+
+
+def python_of(environment: str) -> str:
+    """The interpreter of a peers' environment."""
+    return str(ROOT / ".peers" / environment / "bin" / "python")
+
+
+def contest(c: Contest, repeats: int, threads: int) -> Row:
+    """Ours and the peer's, and how many times as fast ours is."""
+    commands = {
+        "ours": [sys.executable, "-m", "benchmarks.ours", c.ours],
+        "peer": [python_of(c.environment), "benchmarks/peers.py", c.peer],
+    }
+    found = hold(commands, repeats, threads)
+    row: Row = {"name": c.name, "target": c.target, "gflops": workload.flops(c.ours) / 1e9} | found
+    row["ratio"] = found["peer"]["seconds"] / found["ours"]["seconds"]
+    row["memory_ratio"] = found["ours"]["step_mib"] / found["peer"]["step_mib"]
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The contests as markdown."""
-    lines = [
-        "| what | ours, s | peer, s | times as fast | target | memory of the step, ours / peer, MiB |",
-        "|---|---|---|---|---|---|",
-    ]
+def heads(h: Heads, size: tuple[int, ...], repeats: int, threads: int) -> Row:
+    """All ways of one kind at one size."""
+    commands = {}
+    for way in h.ways:
+        case = way + h.suffix.replace("-backward", "") + ("-backward" if "backward" in h.suffix else "")
+        python = python_of("now") if way in THEIRS else sys.executable
+        commands[way] = [python, "-m", "benchmarks.heads", case, *map(str, size)]
+    return {"name": f"{h.name}, {size[0]} x {size[1]} x {size[2]}"} | hold(commands, repeats, threads)
+
+
+def rate(threads: int) -> float:
+    """GFLOP/s of a large matrix product of torch's, the limit that shares are of."""
+    found = hold({"rate": [sys.executable, "-m", "benchmarks.heads", "product", "512", "512", "16384"]}, 9, threads)
+    return 2e-9 * 512 * 512 * 16384 / min(found["rate"]["all"])
+
+
+def first_table(rows: Sequence[Row], peak: float) -> str:
+    """The contests."""
+    header = ["what", "ours, s", "peer, s", "times as fast", "target", "memory of the step, MiB", "share of the peak"]
+    lines = []
     for r in rows:
         reached = "" if r["ratio"] >= r["target"] else " (missed)"
-        times = f"{r['ours']:.3f} | {r['peer']:.3f} | {r['ratio']:.2f}"
-        memory = f"{r['ours_step_mib']:.0f} / {r['peer_step_mib']:.0f}"
-        lines.append(f"| {r['name']} | {times} | {r['target']:g}{reached} | {memory} |")
-    return "\n".join(lines)
+        share = 100 * r["gflops"] / r["ours"]["seconds"] / peak
+        memory = f"{r['ours']['step_mib']:.0f} / {r['peer']['step_mib']:.0f}"
+        times = [f"{r[side]['seconds']:.3f}" for side in ("ours", "peer")]
+        lines.append([r["name"], *times, f"{r['ratio']:.2f}", f"{r['target']:g}{reached}", memory, f"{share:.0f} %"])
+    return table(header, lines)
+
+
+def second_table(rows: Sequence[Row]) -> str:
+    """The ways to log-probs: milliseconds and MiB of each."""
+    lines = []
+    for r in rows:
+        cells = [f"{1e3 * r[w]['seconds']:.0f} / {r[w]['step_mib']:.0f}" if w in r else "-" for w in ALONE]
+        lines.append([r["name"], *cells])
+    return table(["ms / MiB", *ALONE], lines)
 
 
 def main(config: BenchConfig) -> None:
-    """Run the contests one after another, then write what was found."""
+    """Run what is asked for, one row after another, then write what was found."""
     threads = config.threads or os.cpu_count() or 1
-    chosen = [c for c in CONTESTS if config.only in c.name]
-    if not chosen:
-        raise InputError(f"--only {config.only}: in no name of {', '.join(c.name for c in CONTESTS)}")
-    rows = []
-    for contest in chosen:
-        rows.append(hold(contest, config.repeats, threads))
-        print(f"{contest.name}: {rows[-1]['ratio']:.2f} times as fast (target {contest.target:g})", flush=True)
-    found = {"machine": machine(), "commit": commit(), "threads": threads, "repeats": config.repeats, "rows": rows}
-    write_json(Path(config.out), found)
+    before: Row = read_json(Path(config.out)) if config.only and Path(config.out).exists() else {}
+    rows = {r["name"]: r for r in before.get("rows", [])}
+    head_rows = {r["name"]: r for r in before.get("heads", [])}
+    peak = rate(threads)
+    print(f"matrix products: {peak:.0f} GFLOP/s", flush=True)
+    for c in (c for c in CONTESTS if config.only in c.name):
+        rows[c.name] = contest(c, config.repeats, threads)
+        print(f"{c.name}: {rows[c.name]['ratio']:.2f} times as fast (target {c.target:g})", flush=True)
+    for h in (h for h in HEADS if config.only in h.name):
+        for size in workload.HEADS:
+            row = heads(h, size, config.repeats, threads)
+            head_rows[row["name"]] = row
+            print(row["name"] + ": " + ", ".join(f"{w} {1e3 * row[w]['seconds']:.0f} ms" for w in h.ways), flush=True)
+    found = {"machine": machine(), "commit": commit(), "threads": threads, "repeats": config.repeats, "peak": peak}
+    write_json(Path(config.out), found | {"rows": list(rows.values()), "heads": list(head_rows.values())})
     text = (ROOT / "benchmarks" / "page.md").read_text(encoding="utf-8")
-    text = text.format(table=table(rows), **{k: found[k] for k in ("machine", "commit", "threads", "repeats")})
-    Path(config.page).write_text(text, encoding="utf-8")
+    tables = {"table": first_table(list(rows.values()), peak), "heads": second_table(list(head_rows.values()))}
+    Path(config.page).write_text(text.format(**tables, **found), encoding="utf-8")
     print(f"written: {config.out}, {config.page}")
 
 

@@ -26,6 +26,7 @@ PAIRS = 16  # of one step of DPO or of the reward model
 ROLLOUT = 32  # prompts of one PPO iteration, and rows of one batch of generation
 EPOCHS, MINIBATCHES = 4, 1  # of PPO
 BETA, LR = 0.1, 1e-5
+HEADS = ((2048, 8192, 256), (4096, 32000, 256))  # rows, vocabulary, width: one step of DPO; a real vocabulary
 
 
 def tokens(*shape: int, seed: int = 0) -> Any:
@@ -40,3 +41,29 @@ def pairs(count: int) -> list[dict[str, list[int]]]:
     chosen, rejected = (tokens(count, RESPONSE - 1, seed=s) for s in (2, 3))
     rows = zip(prompts, chosen, rejected, strict=True)
     return [{"prompt": p, "chosen": c + eos, "rejected": r + eos} for p, c, r in rows]
+
+
+def flops(case: str) -> float:
+    """Multiplications and additions that one step of a case of ours asks for: matrix products and attention.
+
+    A token costs 2 a weight forward and twice that backward. What is recomputed to save memory does not count.
+    """
+    d, layers = SHAPE["hidden_size"], SHAPE["num_hidden_layers"]
+    weights = layers * (4 * d * d + 3 * d * SHAPE["intermediate_size"])
+    head = d * SHAPE["vocab_size"]
+
+    def forward(prompts: int, responses: int, heads: int = 1) -> float:
+        """Texts with a prompt each of `prompts`, continued by `responses` (each by one of them)."""
+        tokens = prompts * PROMPT + responses * RESPONSE
+        seen = prompts * PROMPT**2 / 2 + responses * RESPONSE * (PROMPT + RESPONSE / 2)
+        return 2 * (tokens * weights + 2 * layers * d * seen + heads * responses * RESPONSE * head)
+
+    pairs, rollout = forward(PAIRS, 2 * PAIRS), forward(ROLLOUT, ROLLOUT)
+    scalar = forward(ROLLOUT, ROLLOUT, heads=0)
+    return {
+        "dpo": 4 * pairs,  # the reference forward, the policy forward and backward
+        "dpo-best": 3 * pairs,
+        "reward": 3 * forward(PAIRS, 2 * PAIRS, heads=0),
+        "generate": rollout,
+        "ppo": rollout + 2 * rollout + 2 * scalar + EPOCHS * 3 * (rollout + scalar),
+    }[case.removesuffix("-bf16")]

@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from benchmarks import run
 from benchmarks import workload as w
-from benchmarks.run import Worker, table
+from benchmarks.run import Worker
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1} | {
     "num_attention_heads": 2,
@@ -29,7 +30,9 @@ def test_every_case_does_a_step():
     )  # in a process of its own: turns.py takes standard output for itself
     done = subprocess.run([sys.executable, "-c", code], cwd=run.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {c.ours for c in run.CONTESTS} <= set(json.loads(done.stderr.strip().splitlines()[-1].replace("'", '"')))
+    assert {c.ours.removesuffix("-bf16") for c in run.CONTESTS} <= set(
+        json.loads(done.stderr.strip().splitlines()[-1].replace("'", '"'))
+    )
 
 
 def test_pairs_end_in_eos_and_have_the_lengths():
@@ -45,14 +48,36 @@ def test_a_worker_that_dies_is_reported_in_its_own_words():
 
 
 def test_the_table_says_what_was_missed():
-    row = {
-        "name": "x",
-        "ours": 1.0,
-        "peer": 2.0,
-        "ratio": 2.0,
-        "target": 3.0,
-        "ours_step_mib": 1.0,
-        "peer_step_mib": 4.0,
-    }
-    assert "2.00 | 3 (missed)" in table([row])
-    assert "missed" not in table([row | {"target": 2.0}])
+    sides = {"ours": {"seconds": 1.0, "step_mib": 1.0}, "peer": {"seconds": 2.0, "step_mib": 4.0}}
+    row = {"name": "x", "ratio": 2.0, "target": 3.0, "gflops": 50.0} | sides
+    assert "2.00          | 3 (missed)" in run.first_table([row], 100.0)
+    assert "50 %" in run.first_table([row], 100.0)
+    assert "missed" not in run.first_table([row | {"target": 2.0}], 100.0)
+
+
+@pytest.mark.parametrize("case", ["ours", "plain", "linear_cross_entropy"])
+def test_ways_to_log_probs_agree(case):
+    draw = torch.Generator().manual_seed(0)
+    h, weight, targets = torch.randn(5, 8, generator=draw), torch.randn(11, 8, generator=draw), torch.arange(5)
+    expected = (h @ weight.T).log_softmax(-1)[torch.arange(5), targets]
+    code = (  # in a process of its own, as above
+        "import sys, torch; from benchmarks.heads import way\n"
+        "draw = torch.Generator().manual_seed(0)\n"
+        "h, w, t = torch.randn(5, 8, generator=draw), torch.randn(11, 8, generator=draw), torch.arange(5)\n"
+        f"found = way('{case}')(h, w, t); print([float(x) for x in (found if torch.is_tensor(found) else found[0])])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=run.ROOT, capture_output=True, text=True)
+    found = torch.tensor(json.loads(done.stderr.strip().splitlines()[-1]))
+    torch.testing.assert_close(found.abs(), expected.abs(), rtol=1e-4, atol=1e-4)
+
+
+def test_operations_by_hand(monkeypatch):
+    """One text of 2 + 1 tokens, one layer of width 2: every product counted on paper."""
+    monkeypatch.setattr(
+        w, "SHAPE", w.SHAPE | {"hidden_size": 2, "num_hidden_layers": 1, "intermediate_size": 3, "vocab_size": 5}
+    )
+    for name, value in {"PROMPT": 2, "RESPONSE": 1, "PAIRS": 1, "ROLLOUT": 1}.items():
+        monkeypatch.setattr(w, name, value)
+    # weights 4 * 4 + 3 * 6 = 34 a token; attention 2 * width a key seen, of 2 (half of 2 x 2) and 2.5; head 10
+    assert w.flops("generate") == 2 * (3 * 34 + 2 * 2 * (2 + 2.5) + 10)
+    assert w.flops("reward") == 3 * 2 * (4 * 34 + 2 * 2 * (2 + 2 * 2.5))
