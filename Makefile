@@ -7,7 +7,7 @@
 #   make ablate             compare losses, estimators, splits ... over seeds (GRID, VARY, VALUES, SEEDS)
 #   make claims             the paper's claims put to the test: hours (docs/protocol.md); REDUCED=1: minutes
 #   make bench                                 this project and its peers, timed side by side
-#   make test | make parity | make sanitize | make lint | make setup | make clean
+#   make test | make parity | make sanitize | make triton | make lint | make setup | make clean
 #
 # Variables:
 #   DATA    builtin, a folder in the task's official layout, or a row file (.jsonl, .jsonl.gz)
@@ -48,7 +48,7 @@ PIP    ?= .venv/bin/pip --disable-pip-version-check
 PY     := .venv/bin/python
 DONE   := manifest.json
 
-.PHONY: hh tldr pipeline chat report ablate claims bench setup test parity sanitize lint clean FORCE
+.PHONY: hh tldr pipeline chat report ablate claims bench setup test parity sanitize triton lint clean FORCE
 .DELETE_ON_ERROR:
 
 hh tldr:
@@ -200,6 +200,14 @@ test: .venv/.dev
 
 parity: .venv/.parity
 	$(PY) -m pytest tests/test_trl.py
+
+.venv/.gpu: .venv/.dev
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[gpu]'
+	@touch $@
+
+# The GPU kernels' tests in Triton's interpreter, which needs no GPU.
+triton: .venv/.gpu
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_head_kernels.py tests/test_layer_kernels.py -k gpu
 
 # The compiled kernels' tests with every access to memory checked.
 sanitize: export MPO_KERNELS_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all

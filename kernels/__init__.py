@@ -3,7 +3,7 @@
 Every public function takes `impl=`: the name of an implementation, or None for the best one here.
 "reference" (reference.py) is the definition in plain torch, and what MPO_KERNELS=reference in the
 environment makes of None; "cpu" (cpu/, cpp/) is compiled by `make setup` and never holds the
-logits; "chunked" (chunked.py) does without a compiler, and holds few of them.
+logits; "chunked" (chunked.py) does without a compiler, and holds few of them; "gpu" (gpu/) is Triton's.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ except OSError:
             "kernels: kernels/cpp is not compiled for this processor (make setup); using plain torch", file=sys.stderr
         )
 
+
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    try:
+        from kernels import gpu
+
+        IMPLEMENTATIONS["gpu"] = gpu
+    except ImportError:
+        print("kernels: triton is not installed; using plain torch on the GPU", file=sys.stderr)
 
 _bf16 = False
 

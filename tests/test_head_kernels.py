@@ -9,7 +9,7 @@ from torch import Tensor
 import kernels
 from kernels import chunked
 
-IMPLEMENTATIONS = [name for name in kernels.IMPLEMENTATIONS if name in ("chunked", "cpu")]
+IMPLEMENTATIONS = [name for name in kernels.IMPLEMENTATIONS if name in ("chunked", "cpu", "gpu")]
 SHAPES = [(1, 1, 1), (1, 2, 3), (5, 7, 13), (12, 32, 32), (13, 31, 33), (37, 96, 1537), (3, 300, 70)]  # N, D, V
 EPS = {torch.float32: 1e-6, torch.bfloat16: 1e-6}  # by which an error may exceed plain torch's, per unit of logit
 
@@ -158,8 +158,7 @@ def test_sampling_inverts_the_cdf(impl, dtype, temperature):
     log_p = z.log_softmax(-1)
     cdf = log_p.exp().cumsum(-1)
     rows = torch.arange(64)
-    rounded = impl == "chunked" and dtype == torch.bfloat16  # plain torch rounds products to bf16: by z / 2^9 at most
-    off = 2 * float(z.abs().max()) / 2**9 if rounded else 1e-5 * float(z.abs().max())  # of log-probs
+    off = 1e-5 * float(z.abs().max())  # of log-probs
     assert (cdf[rows, tokens] >= uniform - off).all()  # the first whose cumulative probability exceeds it
     before = torch.where(tokens > 0, cdf[rows, (tokens - 1).clamp(min=0)], torch.zeros(64, dtype=torch.double))
     assert (before <= uniform + off).all()
@@ -168,7 +167,7 @@ def test_sampling_inverts_the_cdf(impl, dtype, temperature):
 
 def test_sampled_frequencies(impl):
     probabilities = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
-    n = 20_000
+    n = 2_000 if impl == "gpu" else 20_000  # the interpreter takes its time
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(4))
     tokens, _ = kernels.sample_tokens(torch.ones(n, 1), probabilities.log()[:, None], uniform, impl=impl)
     share = tokens.bincount(minlength=5) / n

@@ -8,7 +8,8 @@ import torch
 import kernels
 from kernels import Pieces
 
-pytestmark = pytest.mark.skipif("cpu" not in kernels.IMPLEMENTATIONS, reason="the compiled kernels are not built")
+COMPILED = [name for name in kernels.IMPLEMENTATIONS if name in ("cpu", "gpu")]
+pytestmark = pytest.mark.skipif("cpu" not in COMPILED, reason="the compiled kernels are not built")
 
 PIECES = {
     "one token": Pieces([1]),
@@ -118,15 +119,16 @@ def test_the_compiled_layers_are_what_runs():
         assert kernels._implementation(None, function, x.double(), x.double()).__name__ == "kernels.reference"
 
 
+@pytest.mark.parametrize("impl", COMPILED)
 @pytest.mark.parametrize("whiten_rewards", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 4), (40, 129)], ids=str)
-def test_advantages(shape, whiten_rewards):
+def test_advantages(shape, whiten_rewards, impl):
     generator = torch.Generator().manual_seed(shape[1])
     lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
     mask = torch.arange(shape[1]) < lengths
     score = torch.randn(shape[0], generator=generator)
     kl, values = (torch.randn(shape, generator=generator) * mask for _ in range(2))
-    found = kernels.advantages(score, kl, values, mask, 0.3, 0.97, 0.9, whiten_rewards, impl="cpu")
+    found = kernels.advantages(score, kl, values, mask, 0.3, 0.97, 0.9, whiten_rewards, impl=impl)
     doubles = (x.double() for x in (score, kl, values))
     exact = kernels.advantages(*doubles, mask, 0.3, 0.97, 0.9, whiten_rewards, impl="reference")
     for ours, truth in zip(found, exact, strict=True):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import head as _autograd
 from kernels.constant import are_constant
+from kernels.cpu import head as _compiled
 from kernels.cpu.advantages import advantages as advantages
 from kernels.cpu.cache import KVCache as KVCache
-from kernels.cpu.head import policy_reference as policy_reference
 from kernels.cpu.head import sample_tokens as sample_tokens
-from kernels.cpu.head import token_logprobs as token_logprobs
 from kernels.cpu.layers import attention as attention
 from kernels.cpu.layers import linear as linear
 from kernels.cpu.layers import rms_norm as rms_norm
@@ -28,3 +28,15 @@ def takes(function: str, one: Tensor, other: Tensor) -> bool:
     if function == "linear" and one.numel() < FEW * one.shape[-1] and not are_constant():
         return False
     return one.dtype == torch.float32 or (one.dtype == torch.bfloat16 and function in HEAD)
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """See reference.py."""
+    return _autograd.token_logprobs(_compiled, hidden, weight, targets, temperature)
+
+
+def policy_reference(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, ...]:
+    """See reference.py."""
+    return _autograd.policy_reference(_compiled, hidden, weight, ref_hidden, ref_weight, targets, temperature)

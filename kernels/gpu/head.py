@@ -1,0 +1,123 @@
+"""The head's kernels on GPUs (programs.py), which kernels/head.py makes differentiable."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.gpu import programs
+
+BM, BV, BK = 16, 64, 32  # a tile of logits, and how much of D at a time
+PROGRAMS = 512  # that keep a large GPU busy
+
+
+def _blocks(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _sweep(sides: tuple[Tensor, ...], targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sums of the online softmax (6, N) over the whole vocabulary, and the targets' logits (2, N)."""
+    hidden, weight, *reference = sides
+    (N, D), V, ref = hidden.shape, len(weight), bool(reference)
+    ref_hidden, ref_weight = reference or (hidden, weight)
+    part = _blocks(_blocks(V, max(1, PROGRAMS // _blocks(max(N, 1), BM))), BV) * BV
+    parts = _blocks(V, part)
+    sums = torch.zeros(6, parts, N, device=hidden.device)
+    picked = torch.zeros(2, N, device=hidden.device)
+    if N:
+        sizes = N, V, D, ref_hidden.shape[1], 1 / temperature, part
+        pointers = hidden, weight, ref_hidden, ref_weight, targets, sums, picked
+        programs.sweep[_blocks(N, BM), parts](*pointers, *sizes, REF=ref, BM=BM, BV=BV, BK=BK)
+    m, s, b, rm, rs, d = sums
+    top, rtop = m.max(0).values, rm.max(0).values
+    up, rup = top - m, rtop - rm
+    scale = torch.exp(-up)
+    merged = top, (scale * s).sum(0), (scale * (b - up * s)).sum(0), rtop, (torch.exp(-rup) * rs).sum(0)
+    return torch.stack((*merged, (scale * (d - (up - rup) * s)).sum(0))), picked
+
+
+def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    """See cpu/head.py."""
+    (m, s, b, *_), (picked, _) = _sweep((hidden, weight), targets, temperature)
+    return picked - m - s.log(), s.log() - b / s, m + s.log()
+
+
+def comparison(
+    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, ...]:
+    """See cpu/head.py."""
+    sides = hidden, weight, ref_hidden, ref_weight
+    (m, s, b, rm, rs, d), (picked, ref_picked) = _sweep(sides, targets, temperature)
+    log_s, ref_log_s = s.log(), rs.log()
+    of_tokens = picked - m - log_s, ref_picked - rm - ref_log_s
+    return *of_tokens, d / s - log_s + ref_log_s, log_s - b / s, m + log_s, rm + ref_log_s
+
+
+def gradient_in_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    temperature: float,
+    *statistics: Tensor | None,
+) -> Tensor:
+    """See cpu/head.py."""
+    (N, D), V, ref = hidden.shape, len(weight), ref_hidden is not None
+    lse, ref_lse, of_p, of_log = (x if x is not None else hidden for x in statistics)
+    rh, rw = (ref_hidden, ref_weight) if ref_hidden is not None and ref_weight is not None else (hidden, weight)
+    out = torch.empty(N, V, device=hidden.device)
+    pointers = hidden, weight, rh, rw, lse, ref_lse, of_p, of_log, out
+    grid = _blocks(N, BM), _blocks(V, BV)
+    programs.gradient[grid](*pointers, N, V, D, rh.shape[1], 1 / temperature, REF=ref, BM=BM, BV=BV, BK=BK)
+    return out
+
+
+def matmul(a: Tensor, b: Tensor, bf16: bool) -> Tensor:
+    """torch's own product, which is at the limit on GPUs; with bf16, of operands rounded to it."""
+    return (a.bfloat16() @ b.bfloat16()).float() if bf16 else a @ b
+
+
+def sample_tokens(hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """See reference.py; by panels of the vocabulary, as cpp/head.cpp does."""
+    hidden, weight = hidden.contiguous(), weight.contiguous()
+    (N, D), V = hidden.shape, len(weight)
+    maxima, totals = torch.empty(2, N, _blocks(V, BV), device=hidden.device)
+    tokens, picked = torch.zeros(N, dtype=torch.long, device=hidden.device), torch.zeros(N, device=hidden.device)
+    if not N:
+        return tokens, picked
+    inverse, sizes = 1 / temperature, {"BM": BM, "BV": BV, "BK": BK}
+    programs.panels[_blocks(N, BM), _blocks(V, BV)](hidden, weight, maxima, totals, N, V, D, inverse, **sizes)
+    top = maxima.max(1).values
+    mass = (totals * torch.exp(maxima - top[:, None])).double().cumsum(1)  # (N, panels)
+    goal = uniform.double() * mass[:, -1]
+    chosen = torch.searchsorted(mass, goal[:, None], right=True).clamp(max=mass.shape[1] - 1)
+    before = torch.where(chosen > 0, mass.gather(1, (chosen - 1).clamp(min=0)), 0).squeeze(1)
+    left = (goal - before).float()
+    programs.pick[N,](hidden, weight, chosen, top, left, tokens, picked, N, V, D, inverse, **sizes)
+    return tokens, (picked - top - mass[:, -1].log().float()).clamp(max=0)
+
+
+def advantages(
+    score: Tensor,
+    kl: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    kl_coef: float,
+    gamma: float,
+    lam: float,
+    whiten_rewards: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See reference.py."""
+    B, R = mask.shape
+    lengths, count = mask.sum(1), mask.sum().clamp(min=1)
+    shift, scale = torch.zeros((), device=score.device), torch.ones((), device=score.device)
+    if whiten_rewards:
+        rewards = -kl_coef * kl * mask
+        rewards[torch.arange(B), lengths - 1] += score
+        shift = rewards.sum() / count
+        scale = torch.rsqrt((((rewards - shift) * mask) ** 2).sum() / count + 1e-8)
+    found, returns = torch.zeros(2, B, R, device=score.device)
+    inputs = score.contiguous(), kl.contiguous(), values.contiguous(), lengths, shift, scale
+    programs.backwards[B,](*inputs, found, returns, R, kl_coef, gamma, lam)
+    centred = (found - found.sum() / count) * mask
+    return found, returns, centred * torch.rsqrt((centred**2).sum() / count + 1e-8)

@@ -1,0 +1,144 @@
+"""The Triton programs for NVIDIA GPUs, which also run in Triton's interpreter on any processor.
+
+As in cpp/head.cpp: logits are computed tile by tile and used up where they appear. One program has
+BM rows and every SPLITth part of the vocabulary, with an online softmax of its own; the parts are
+merged by torch (gpu/head.py).
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+NEVER = tl.constexpr(-1e30)  # the logit of a column that does not exist
+WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter cannot multiply bf16
+
+
+@triton.jit
+def logits(h, w, rows, columns, N, V, D, inverse, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """(BM, BV): rows of h (N, D) against rows of w (V, D), times the inverse temperature."""
+    total = tl.zeros((BM, BV), tl.float32)
+    for first in range(0, D, BK):
+        k = first + tl.arange(0, BK)
+        a = tl.load(h + rows[:, None] * D + k[None, :], mask=(rows[:, None] < N) & (k[None, :] < D), other=0.0)
+        b = tl.load(w + columns[None, :] * D + k[:, None], mask=(columns[None, :] < V) & (k[:, None] < D), other=0.0)
+        if WIDEN:
+            a, b = a.to(tl.float32), b.to(tl.float32)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    return tl.where(columns[None, :] < V, total * inverse, NEVER)
+
+
+@triton.jit
+def sweep(
+    h, w, rh, rw, targets, sums, picked, N, V, D, RD, inverse, part,
+    REF: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Online softmax of one part of the vocabulary: m, s, b and of the reference rm, rs, d, to sums (6, parts, N).
+
+    s = sum e^(z - m), b = sum e^(z - m) (z - m), d = sum e^(z - m) ((z - m) - (r - rm)); picked (2, N): the targets'.
+    """
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    real = rows < N
+    target = tl.load(targets + rows, mask=real, other=-1)
+    zero = tl.zeros((BM,), tl.float32)
+    m, s, b, rm, rs, d = zero + NEVER, zero, zero, zero + NEVER, zero, zero
+    start = tl.program_id(1) * part
+    for first in range(start, tl.minimum(start + part, V), BV):
+        columns = first + tl.arange(0, BV)
+        z = logits(h, w, rows, columns, N, V, D, inverse, BM, BV, BK)
+        top = tl.maximum(m, tl.max(z, 1))
+        up, x = top - m, z - top[:, None]
+        e, scale = tl.exp(x), tl.exp(m - top)
+        b = scale * (b - up * s) + tl.sum(e * x, 1)
+        hit = columns[None, :] == target[:, None]
+        here = real & (target >= first) & (target < first + BV)
+        tl.store(picked + rows, tl.sum(tl.where(hit, z, 0.0), 1), mask=here)
+        if REF:
+            r = logits(rh, rw, rows, columns, N, V, RD, inverse, BM, BV, BK)
+            rtop = tl.maximum(rm, tl.max(r, 1))
+            rup, y = rtop - rm, r - rtop[:, None]
+            d = scale * (d - (up - rup) * s) + tl.sum(e * (x - y), 1)
+            rs = tl.exp(rm - rtop) * rs + tl.sum(tl.exp(y), 1)
+            rm = rtop
+            tl.store(picked + N + rows, tl.sum(tl.where(hit, r, 0.0), 1), mask=here)
+        s = scale * s + tl.sum(e, 1)
+        m = top
+    at = sums + tl.program_id(1) * N + rows
+    each = tl.num_programs(1) * N
+    tl.store(at, m, mask=real)
+    tl.store(at + each, s, mask=real)
+    tl.store(at + 2 * each, b, mask=real)
+    if REF:
+        tl.store(at + 3 * each, rm, mask=real)
+        tl.store(at + 4 * each, rs, mask=real)
+        tl.store(at + 5 * each, d, mask=real)
+
+
+@triton.jit
+def gradient(
+    h, w, rh, rw, lse, ref_lse, of_p, of_log, out, N, V, D, RD, inverse,
+    REF: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile of out (N, V): p_v (of_p + of_log log(p_v / q_v)) / temperature."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BV + tl.arange(0, BV)
+    real = rows < N
+    z = logits(h, w, rows, columns, N, V, D, inverse, BM, BV, BK)
+    logp = z - tl.load(lse + rows, mask=real, other=0.0)[:, None]
+    factor = tl.load(of_p + rows, mask=real, other=0.0)[:, None]
+    if REF:
+        r = logits(rh, rw, rows, columns, N, V, RD, inverse, BM, BV, BK)
+        log_ratio = logp - (r - tl.load(ref_lse + rows, mask=real, other=0.0)[:, None])
+        factor += tl.load(of_log + rows, mask=real, other=0.0)[:, None] * log_ratio
+    value = tl.exp(logp) * factor * inverse
+    tl.store(out + rows[:, None] * V + columns[None, :], value, mask=real[:, None] & (columns[None, :] < V))
+
+
+@triton.jit
+def panels(h, w, maxima, totals, N, V, D, inverse, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
+    """Maximum and sum of e^(z - maximum) of each panel of BV columns, (N, panels)."""
+    rows = tl.program_id(0) * BM + tl.arange(0, BM)
+    columns = tl.program_id(1) * BV + tl.arange(0, BV)
+    z = logits(h, w, rows, columns, N, V, D, inverse, BM, BV, BK)
+    m = tl.max(z, 1)
+    at = rows * tl.num_programs(1) + tl.program_id(1)
+    tl.store(maxima + at, m, mask=rows < N)
+    tl.store(totals + at, tl.sum(tl.exp(z - m[:, None]), 1), mask=rows < N)
+
+
+@triton.jit
+def pick(
+    h, w, chosen, top, goal, tokens, picked, N, V, D, inverse,
+    BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """In row n's chosen panel: the first token at which the sum of e^(z - top) exceeds what is left of the goal."""
+    row = tl.program_id(0)
+    columns = tl.load(chosen + row) * BV + tl.arange(0, BV)
+    rows = row + tl.zeros((BM,), tl.int32)  # a product needs BM rows: all are this one
+    z = tl.max(logits(h, w, rows, columns, N, V, D, inverse, BM, BV, BK), 0)
+    e = tl.exp(z - tl.load(top + row))
+    above = (tl.cumsum(e, 0) > tl.load(goal + row)) & (e > 0)
+    first = tl.min(tl.where(above, columns, V), 0)
+    last = tl.max(tl.where(e > 0, columns, 0), 0)  # should rounding leave us at the end
+    token = tl.where(first < V, first, last)
+    tl.store(tokens + row, token.to(tl.int64))
+    tl.store(picked + row, tl.sum(tl.where(columns == token, z, 0.0), 0))
+
+
+@triton.jit
+def backwards(score, kl, values, lengths, shift, scale, out, returns, R, kl_coef, gamma, lam):
+    """GAE of one row: rewards -kl_coef kl, plus the score at the last token, less shift, times scale, plus shift."""
+    row = tl.program_id(0)
+    n = tl.load(lengths + row)
+    mean, inverse = tl.load(shift), tl.load(scale)
+    running, following = 0.0, 0.0
+    for i in range(n):
+        at = row * R + n - 1 - i
+        reward = -kl_coef * tl.load(kl + at) + tl.where(i == 0, tl.load(score + row), 0.0)
+        value = tl.load(values + at)
+        running = (reward - mean) * inverse + mean + gamma * following - value + gamma * lam * running
+        following = value
+        tl.store(out + at, running)
+        tl.store(returns + at, running + value)
