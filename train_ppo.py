@@ -19,7 +19,7 @@ from mpo.config import PPOConfig, exact_div, run
 from mpo.data.batches import encode
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
-from mpo.model import Llama
+from mpo.model import Llama, ValueHead
 from mpo.ppo_update import Critic, Learner, Update, update
 from mpo.progress import progress
 from mpo.randomness import generator
@@ -88,8 +88,9 @@ def main(config: PPOConfig) -> None:
     ref.requires_grad_(False)
     critic = None
     if config.advantage == "gae":
-        value_model = load_scalar(config.rm)
-        critic = Critic(value_model, adamw(value_model, config.critic_lr, 0.0, eps=1e-5))
+        value_model = ValueHead(policy.config.hidden_size) if config.shared_critic else load_scalar(config.rm)
+        weight = config.value_coef if config.shared_critic else 1.0
+        critic = Critic(value_model, adamw(value_model, config.critic_lr, 0.0, eps=1e-5), weight)
     learner = Learner(policy, adamw(policy, config.lr, 0.0, eps=1e-5), ref, critic)
     rows = read_rows(config.prompts)[: config.limit or None]
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)

@@ -14,7 +14,7 @@ from mpo.config import PPOConfig
 from mpo.data.batches import Pair
 from mpo.data.rows import Row
 from mpo.losses import PREFERENCE_LOSSES, bradley_terry
-from mpo.model import Llama, LlamaConfig, initialise, scalar_from
+from mpo.model import Llama, LlamaConfig, ValueHead, initialise, scalar_from
 from mpo.ppo_update import Critic, Learner, Update, update
 from mpo.rollout import roll_out
 from mpo.sampling import Sampling, generate
@@ -64,10 +64,11 @@ def reward() -> Callable[[], object]:
     return step
 
 
-def ppo() -> Callable[[], object]:
+def ppo(shared: bool) -> Callable[[], object]:
     """An iteration of PPO: rollout, scores, advantages, updates of policy and critic."""
     policy, ref = model(0), model(0).requires_grad_(False)
-    rm, value_model = (scalar_from(model(i), torch.Generator().manual_seed(i)) for i in (1, 2))
+    rm, own = (scalar_from(model(i), torch.Generator().manual_seed(i)) for i in (1, 2))
+    value_model = ValueHead(policy.config.hidden_size) if shared else own
     config = PPOConfig(
         out="",
         prompts="",
@@ -109,7 +110,8 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "dpo-best": lambda: dpo(cached=True),
     "reward": reward,
     "generate": generation,
-    "ppo": ppo,
+    "ppo": lambda: ppo(shared=False),
+    "ppo-shared": lambda: ppo(shared=True),
 }
 
 if __name__ == "__main__":

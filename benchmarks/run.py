@@ -44,6 +44,8 @@ CONTESTS = (
     Contest("generation, bf16", "generate-bf16", "generate", "now", 5.0),
     Contest("PPO iteration", "ppo", "ppo", "ppo", 3.0),
     Contest("PPO iteration, bf16", "ppo-bf16", "ppo", "ppo", 3.0),
+    Contest("PPO iteration, shared critic", "ppo-shared", "ppo", "ppo", 5.0),
+    Contest("PPO iteration, shared critic, bf16", "ppo-shared-bf16", "ppo", "ppo", 5.0),
 )
 
 

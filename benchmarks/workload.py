@@ -66,4 +66,5 @@ def flops(case: str) -> float:
         "reward": 3 * forward(PAIRS, 2 * PAIRS, heads=0),
         "generate": rollout,
         "ppo": rollout + 2 * rollout + 2 * scalar + EPOCHS * 3 * (rollout + scalar),
+        "ppo-shared": rollout + 2 * rollout + scalar + EPOCHS * 3 * rollout,
     }[case.removesuffix("-bf16")]

@@ -38,7 +38,7 @@ GRIDS: dict[str, tuple[str, dict[str, Variables]]] = {
     "sums": ("dpo", {loss: {"LOSS": loss} for loss in ("sigmoid", "sigmoid+0.1*sft", "0.8*sigmoid+0.2*bco_pair+sft")}),
     "estimators": (
         "mpo",
-        {"gae": {}}
+        {"gae": {}, "gae, shared critic": {"PPO_FLAGS": "--shared_critic true"}}
         | {name: {"PPO_FLAGS": f"--advantage {name} --group 4"} for name in GROUP_ESTIMATORS}
         | {"grpo, k3 in loss": {"PPO_FLAGS": "--advantage grpo --group 4 --kl_in loss --kl_estimator k3"}},
     ),

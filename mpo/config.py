@@ -159,6 +159,8 @@ class PPOConfig(Training):
     max_new: int = 64  # response tokens; a response without EOS by then is unfinished
     temperature: float = 1.0  # divides the logits in sampling and in every log-prob alike
     lr: float = 2e-4  # peak learning rate of the policy
+    shared_critic: bool = False  # the critic is a head on the policy's trunk: half the work, no model of its own
+    value_coef: float = 0.1  # weight of the value loss where the critic shares the trunk
     critic_lr: float = 5e-4  # peak learning rate of the critic
     critic_warmup: int = 3  # first rollouts that train the critic alone
     advantage: Literal["gae", "rloo", "grpo", "dr_grpo", "reinforce++"] = "gae"  # all but gae need no critic

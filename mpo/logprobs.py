@@ -34,7 +34,7 @@ class Comparison(NamedTuple):
     mask: Tensor
 
 
-def _response_hidden(model: Llama, batch: Batch) -> Tensor:
+def response_hidden(model: Llama, batch: Batch) -> Tensor:
     """Hidden states that predict the response tokens: (M, D), M = number of response tokens."""
     hidden: Tensor = model(batch.ids, batch.pieces)  # (N, D)
     return hidden.index_select(0, batch.before)
@@ -44,19 +44,23 @@ def _targets(batch: Batch) -> Tensor:
     return batch.ids[batch.response_tokens]  # (M,)
 
 
-def response_logprobs(model: Llama, batch: Batch, temperature: float = 1.0) -> TokenLogprobs:
-    """Log-prob of every response token, and the entropy of its distribution."""
-    hidden = _response_hidden(model, batch)
+def response_logprobs(
+    model: Llama, batch: Batch, temperature: float = 1.0, hidden: Tensor | None = None
+) -> TokenLogprobs:
+    """Log-prob of every response token, and the entropy of its distribution; `hidden` where it is known already."""
+    hidden = response_hidden(model, batch) if hidden is None else hidden
     logp, entropy = kernels.token_logprobs(hidden, model.lm_head.weight, _targets(batch), temperature)
     return TokenLogprobs(batch.spread(logp), batch.spread(entropy), batch.response_mask)
 
 
-def compare(policy: Llama, ref: Llama, batch: Batch, temperature: float = 1.0) -> Comparison:
-    """Log-probs of both models and their exact per-token KL(policy || ref), in one pass."""
+def compare(
+    policy: Llama, ref: Llama, batch: Batch, temperature: float = 1.0, hidden: Tensor | None = None
+) -> Comparison:
+    """Log-probs of both models and their exact per-token KL(policy || ref), in one pass; `hidden`: the policy's."""
     flat = kernels.policy_reference(
-        _response_hidden(policy, batch),
+        response_hidden(policy, batch) if hidden is None else hidden,
         policy.lm_head.weight,
-        _response_hidden(ref, batch),
+        response_hidden(ref, batch),
         ref.lm_head.weight,
         _targets(batch),
         temperature,

@@ -242,6 +242,19 @@ class ScalarModel(nn.Module):
         return (raw - self.score_mean) / self.score_std
 
 
+class ValueHead(nn.Module):
+    """A critic that shares the policy's trunk: one number for each of its hidden states; 0 before training."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.score = Linear(width, 1)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N,) in fp32."""
+        return self.score(hidden).squeeze(-1).float()
+
+
 def initialise(model: Llama | ScalarModel, generator: torch.Generator) -> None:
     """Normal weights of std 0.02, projections into the residual stream scaled by 1/sqrt(2 layers)."""
     depth = 1 / math.sqrt(2 * model.config.num_hidden_layers)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from mpo import ppo
 from mpo.config import PPOConfig
-from mpo.logprobs import compare, response_logprobs
-from mpo.model import Llama, ScalarModel
+from mpo.data.batches import Batch
+from mpo.logprobs import compare, response_hidden, response_logprobs
+from mpo.model import Llama, ScalarModel, ValueHead
 from mpo.randomness import generator
 from mpo.rollout import Rollout, check_agreement, state_values
 from mpo.training import learning_rate, optimiser_step
@@ -29,10 +30,11 @@ class Update:
 
 @dataclass(frozen=True)
 class Critic:
-    """The value model with its optimiser."""
+    """What values states, with its optimiser: a model of its own, or a head on the policy's trunk."""
 
-    model: ScalarModel
+    model: ScalarModel | ValueHead
     optimiser: torch.optim.AdamW
+    weight: float = 1.0  # of its loss; a trunk that is shared has to serve both
 
 
 @dataclass(frozen=True)
@@ -46,23 +48,22 @@ class Learner:
 
 
 def policy_terms(
-    learner: Learner, data: Update, index: Tensor, first: bool, config: PPOConfig
+    learner: Learner, data: Update, index: Tensor, batch: Batch, hidden: Tensor, first: bool, config: PPOConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The policy's loss per token (b, R) on some rows of the rollout, with metrics.
 
     `first`: no weight has changed since the rollout, so its log-probs must come out again and every
     ratio be 1.
     """
-    batch = data.rollout.batch.rows(index)
     R = batch.response_mask.shape[1]
     old = data.rollout.tokens
     mask, old_logp, ref_logp = old.mask[index, :R], old.logp[index, :R], old.ref_logp[index, :R]
     in_loss = config.kl_in == "loss"
     if in_loss and config.kl_estimator == "exact":
-        tokens = compare(learner.policy, learner.ref, batch, config.temperature)
+        tokens = compare(learner.policy, learner.ref, batch, config.temperature, hidden)
         logp, kl = tokens.logp, tokens.kl
     else:
-        logp = response_logprobs(learner.policy, batch, config.temperature).logp
+        logp = response_logprobs(learner.policy, batch, config.temperature, hidden).logp
         kl = ppo.kl_estimate(logp, ref_logp, config.kl_estimator) if in_loss else torch.zeros_like(logp)
     if first:
         check_agreement(logp.detach()[mask], old_logp[mask], "the rollout and its first update")
@@ -71,13 +72,12 @@ def policy_terms(
     return losses + data.kl_coef * kl, metrics
 
 
-def value_terms(critic: Critic, data: Update, index: Tensor, config: PPOConfig) -> Tensor:
+def value_terms(critic: Critic, data: Update, index: Tensor, batch: Batch, hidden: Tensor, config: PPOConfig) -> Tensor:
     """The critic's loss per token (b, R) on some rows of the rollout."""
-    batch = data.rollout.batch.rows(index)
     R = batch.response_mask.shape[1]
     assert data.rollout.values is not None
     old_values, returns = data.rollout.values[index, :R], data.returns[index, :R]
-    return ppo.value_losses(state_values(critic.model, batch), old_values, returns, config.value_clip)
+    return ppo.value_losses(state_values(critic.model, batch, hidden), old_values, returns, config.value_clip)
 
 
 def accumulate(
@@ -87,11 +87,13 @@ def accumulate(
 
     Returns metrics summed with the same weights.
     """
-    total, metrics = policy_terms(learner, data, index, first, config)
-    if learner.critic:  # shares no weights with the policy, so one backward serves both
-        value_losses = value_terms(learner.critic, data, index, config)
+    batch = data.rollout.batch.rows(index)
+    hidden = response_hidden(learner.policy, batch)  # (M, D)
+    total, metrics = policy_terms(learner, data, index, batch, hidden, first, config)
+    if critic := learner.critic:  # one backward serves both
+        value_losses = value_terms(critic, data, index, batch, hidden, config)
         metrics["value_loss"] = value_losses.detach()
-        total = total + value_losses
+        total = total + critic.weight * value_losses
     weights = weights[:, : total.shape[1]]
     (total * weights).sum().backward()
     return {name: float((value * weights).sum()) for name, value in metrics.items()}

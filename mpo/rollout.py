@@ -13,8 +13,8 @@ from kernels import Advantages
 from mpo import ppo
 from mpo.data.batches import Batch, make_batch
 from mpo.errors import InputError
-from mpo.logprobs import Comparison, compare
-from mpo.model import Llama, ScalarModel
+from mpo.logprobs import Comparison, compare, response_hidden
+from mpo.model import Llama, ScalarModel, ValueHead
 from mpo.sampling import Sampling, generate
 from mpo.scoring import score
 
@@ -33,8 +33,13 @@ class Rollout:
     finished: Tensor  # (B,): True where the response ends in EOS
 
 
-def state_values(critic: ScalarModel, batch: Batch) -> Tensor:
-    """(B, R): the critic's value of the state in which each response token was chosen."""
+def state_values(critic: ScalarModel | ValueHead, batch: Batch, hidden: Tensor) -> Tensor:
+    """(B, R): the critic's value of the state in which each response token was chosen.
+
+    hidden (M, D) is what the policy knows of these states; a critic of its own looks for itself.
+    """
+    if isinstance(critic, ValueHead):
+        return batch.spread(critic(hidden))
     return batch.spread(critic(batch.ids, batch.pieces)[batch.before])
 
 
@@ -43,7 +48,7 @@ def roll_out(
     policy: Llama,
     ref: Llama,
     rm: ScalarModel,
-    critic: ScalarModel | None,
+    critic: ScalarModel | ValueHead | None,
     prompts: Sequence[list[int]],
     sampling: Sampling,
     generator: torch.Generator,
@@ -63,8 +68,9 @@ def roll_out(
     scores = torch.zeros(B)
     for index in torch.arange(B).split(microbatch):
         part = batch.rows(index)
-        found = compare(policy, ref, part, sampling.temperature)._asdict()
-        found |= {} if critic is None else {"values": state_values(critic, part)}
+        hidden = response_hidden(policy, part)
+        found = compare(policy, ref, part, sampling.temperature, hidden)._asdict()
+        found |= {} if critic is None else {"values": state_values(critic, part, hidden)}
         for name in columns.keys() & found.keys():
             columns[name][index, : found[name].shape[1]] = found[name]
         scores[index] = score(rm, part)

@@ -132,6 +132,7 @@ def test_dpo_variants(hh_run, tmp_path, flags):
         "--advantage grpo --group 4 --kl_in loss --kl_estimator k3",
         "--advantage dr_grpo --group 4 --kl_in loss --kl_estimator exact",
         "--advantage reinforce++ --ref_rate 1",
+        "--shared_critic true --bf16 true",
         "--whiten_rewards true --clip_score 1 --kl_estimator exact --limit 10 --kl_target 1 --keep 1",
     ],
 )

@@ -8,8 +8,13 @@ import pytest
 import torch
 
 import train_ppo
+from kernels import Pieces
 from kernels.reference import gae
 from mpo import ppo
+from mpo.data.batches import make_batch
+from mpo.logprobs import response_hidden
+from mpo.model import ValueHead
+from mpo.rollout import state_values
 from tests.conftest import small_model
 
 MASK = torch.tensor([[True, True, True, True], [True, True, False, False], [True, False, False, False]])
@@ -187,3 +192,18 @@ def test_the_reference_follows_the_policy():
     train_ppo.follow(ref, policy, 0.25)
     for moved, value in zip(ref.parameters(), expected, strict=True):
         torch.testing.assert_close(moved, value)
+
+
+def test_a_shared_critic_reads_the_policys_states_and_moves_its_trunk():
+    model, batch = small_model(), make_batch([([1, 5], [6, 7, 2]), ([1, 9, 9], [4, 2])])
+    hidden = response_hidden(model, batch)
+    head = ValueHead(model.config.hidden_size)
+    assert not state_values(head, batch, hidden).any()  # before training
+    with torch.no_grad():
+        head.score.weight.copy_(torch.linspace(-1, 1, model.config.hidden_size))
+    values = state_values(head, batch, hidden)
+    alone = model(torch.tensor([1, 5, 6]), Pieces([3]))[-1] @ head.score.weight[0]
+    assert values[0, 1].item() == pytest.approx(alone.item(), abs=1e-5)
+    assert values[1, 2] == 0  # no such token
+    values.sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.abs().sum() > 0
