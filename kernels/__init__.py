@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from kernels import chunked, reference
 from kernels.constant import constant_weights as constant_weights
 from kernels.constant import derived
 from kernels.pieces import Pieces as Pieces
+from kernels.reference import LayerWeights as LayerWeights
 
 default = os.environ.get("MPO_KERNELS") or None  # the implementation where none is named; None: the best one
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
@@ -135,6 +137,21 @@ def kv_cache(
     dtype = torch.bfloat16 if _bf16 else like.dtype
     result: reference.KVCache = module.KVCache(layers, rows, length, heads, dim, dtype)
     return result
+
+
+def decoder(
+    layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: reference.KVCache, impl: str | None = None
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A step of generation through all layers of a Llama (reference.decoder), whose weights do not change meanwhile.
+
+    Args: layers; norm (D,), the last one; cache, filled, of the same implementation.
+    Returns: a function of x (B, D), the embeddings of one more token of each row, and of cos and sin (B, d/2)
+    of its angles, that stores its keys and values and returns its normed hidden states (B, D).
+    """
+    step: Callable[[Tensor, Tensor, Tensor], Tensor] = _implementation(impl, "decoder", norm, norm).decoder(
+        layers, norm, eps, cache, _bf16
+    )
+    return step
 
 
 def token_logprobs(

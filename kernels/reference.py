@@ -5,6 +5,9 @@ Logits, softmax and sums are fp32 (or wider) whatever the dtype of hidden states
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,6 +88,39 @@ class KVCache:
     def take(self, rows: Tensor) -> None:
         """Go on with these rows only, in this order; a row may be taken more than once."""
         self.store, self.lengths = self.store[:, :, rows], self.lengths[rows]
+
+
+class LayerWeights(NamedTuple):
+    """The weights of one layer, by role."""
+
+    attention_norm: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    mlp_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def decoder(
+    layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: KVCache, bf16: bool
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """From one more token of each row, its embedding (B, D) and its angles' cos and sin, to hidden states."""
+
+    def step(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        for i, w in enumerate(layers):
+            h = rms_norm(x, w.attention_norm, eps)
+            q, k, v = (linear(h, p, bf16).view(len(x), -1, 2 * cos.shape[1]) for p in (w.q, w.k, w.v))  # (B, H, d)
+            attended = cache.attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v)
+            x = x + linear(attended.flatten(1), w.o, bf16)
+            h = rms_norm(x, w.mlp_norm, eps)
+            x = x + linear(swiglu(linear(h, w.gate, bf16), linear(h, w.up, bf16)), w.down, bf16)
+        cache.advance()
+        return rms_norm(x, norm, eps)
+
+    return step
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -8,6 +8,7 @@ SwiGLU (2002.05202), grouped-query attention (2305.13245).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels import Pieces
+from kernels import LayerWeights, Pieces
 from kernels.reference import KVCache
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of the angles of N tokens, (N, d/2) each
@@ -117,19 +118,14 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
         self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
 
-    def forward(self, x: Tensor, rope: Rope, pieces: Pieces | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, pieces: Pieces, cache: KVCache | None, layer: int) -> Tensor:
         """x (N, D) -> (N, D); see Trunk.forward."""
         heads = (len(x), -1, self.config.head_dim)
         q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)  # (N, H, d)
         q, k = kernels.rotate(q, *rope), kernels.rotate(k, *rope)
-        if pieces is None:
-            assert cache is not None
-            out = cache.attend(layer, q, k, v)
-        else:
-            if cache is not None:
-                cache.fill(layer, k, v, pieces)
-            out = kernels.attention(q, k, v, pieces)
-        return self.o_proj(out.reshape(len(x), -1))
+        if cache is not None:
+            cache.fill(layer, k, v, pieces)
+        return self.o_proj(kernels.attention(q, k, v, pieces).flatten(1))
 
 
 class MLP(nn.Module):
@@ -156,10 +152,17 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope: Rope, pieces: Pieces | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, pieces: Pieces, cache: KVCache | None, layer: int) -> Tensor:
         """(N, D) -> (N, D)"""
         x = x + self.self_attn(self.input_layernorm(x), rope, pieces, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+    def weights(self) -> LayerWeights:
+        """All of them, by role."""
+        a, m = self.self_attn, self.mlp
+        attention = (layer.weight for layer in (self.input_layernorm, a.q_proj, a.k_proj, a.v_proj, a.o_proj))
+        mlp = (layer.weight for layer in (self.post_attention_layernorm, m.gate_proj, m.up_proj, m.down_proj))
+        return LayerWeights(*attention, *mlp)
 
 
 class Trunk(nn.Module):
@@ -175,25 +178,28 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.register_buffer("frequencies", rotary_frequencies(c), persistent=False)
 
-    def forward(self, ids: Tensor, pieces: Pieces | None = None, cache: KVCache | None = None) -> Tensor:
-        """Hidden states (N, D) of token ids (N,), packed end to end.
+    def rope(self, positions: Tensor) -> Rope:
+        """Cos and sin of the rotary angles at positions (N,)."""
+        angles = positions[:, None].to(self.frequencies.device).float() * self.frequencies  # (N, d/2)
+        return angles.cos(), angles.sin()
 
-        Args: pieces, the texts that they make up; cache, which is filled on the way. Without
-        pieces, ids are one more token of each of the texts in a cache that was filled before.
+    def forward(self, ids: Tensor, pieces: Pieces, cache: KVCache | None = None) -> Tensor:
+        """Hidden states (N, D) of token ids (N,), packed end to end: pieces are the texts that they make up.
+
+        An empty cache is filled on the way, with texts of one piece each; `decoder` goes on from there.
         """
-        if pieces is None:
-            assert cache is not None
-            positions = cache.lengths
-        else:
-            positions = pieces.positions
-        angles = positions[:, None].to(ids.device).float() * self.frequencies  # (N, d/2)
-        rope = angles.cos(), angles.sin()
-        x = self.embed_tokens(ids)  # (N, D)
+        x, rope = self.embed_tokens(ids), self.rope(pieces.positions)  # (N, D)
         for i, block in enumerate(self.layers):
             x = block(x, rope, pieces, cache, i)
         if cache is not None:
-            cache.advance(1 if pieces is None else pieces.lengths)
+            cache.advance(pieces.lengths)
         return self.norm(x)
+
+    def decoder(self, cache: KVCache) -> Callable[[Tensor], Tensor]:
+        """From ids (B,), one more token of each text in the cache, to hidden states (B, D); without gradients."""
+        weights = [block.weights() for block in self.layers if isinstance(block, Block)]
+        step = kernels.decoder(weights, self.norm.weight, self.norm.eps, cache)
+        return lambda ids: step(self.embed_tokens(ids), *self.rope(cache.lengths))
 
 
 class Llama(nn.Module):
@@ -207,7 +213,7 @@ class Llama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, ids: Tensor, pieces: Pieces | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, ids: Tensor, pieces: Pieces, cache: KVCache | None = None) -> Tensor:
         """(N,) -> hidden states (N, D); see Trunk.forward."""
         return self.model(ids, pieces, cache)
 

@@ -71,6 +71,7 @@ def _generate(model: Llama, prompts: Sequence[list[int]], sampling: Sampling, ge
         hidden = hidden[of_row]  # (B, D)
         cache.take(of_row)
 
+    decode = model.model.decoder(cache)
     tokens = torch.full((B, max_new), eos)
     logps = torch.zeros(B, max_new)
     lengths = torch.full((B,), max_new)
@@ -86,7 +87,7 @@ def _generate(model: Llama, prompts: Sequence[list[int]], sampling: Sampling, ge
             cache.take(going_on)
         if not len(rows) or step == max_new - 1:
             break
-        hidden = model(token, cache=cache)
+        hidden = decode(token)
     return Samples(
         [t[:n] for t, n in zip(tokens.tolist(), lengths.tolist(), strict=True)],
         [x[:n] for x, n in zip(logps.tolist(), lengths.tolist(), strict=True)],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import Pieces
+from kernels import LayerWeights, Pieces
 
 COMPILED = [name for name in kernels.IMPLEMENTATIONS if name in ("cpu", "gpu")]
 pytestmark = pytest.mark.skipif("cpu" not in COMPILED, reason="the compiled kernels are not built")
@@ -86,35 +86,46 @@ def test_rotate(shape):
     torch.testing.assert_close(*expected, rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_kv_cache(heads):
-    """Rows that start, end and are copied: the compiled cache against the reference's in float64."""
+def test_decoder(heads, bf16):
+    """Rows that start, end and are copied, through two layers: compiled against the reference in float64."""
     H, KV, d = heads
-    starts, generator = Pieces([5, 1, 30]), torch.Generator().manual_seed(0)
-    first = torch.randn(2, 36, KV, d, generator=generator, dtype=torch.float64)
-    caches = {}
-    for impl, kind in (("cpu", torch.float32), ("reference", torch.float64)):
-        caches[impl] = kernels.kv_cache(2, 3, 45, KV, d, torch.zeros(1, dtype=kind), impl=impl)
-        for layer in range(2):
-            caches[impl].fill(layer, *(layer + first).to(kind), starts)
-        caches[impl].advance(starts.lengths)
-    for step, rows in enumerate(([0, 0, 2, 1], [3, 1, 2], None, [1], [0, 0])):
+    D, F, g = 37, 70, torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=g, dtype=torch.float64)
+
+    shapes = ((D,), (H * d, D), (KV * d, D), (KV * d, D), (D, H * d), (D,), (F, D), (F, D), (D, F))
+    layers = [LayerWeights(*(random(*s) / s[-1] ** 0.5 + (len(s) == 1) for s in shapes)) for _ in range(2)]
+    starts, first = Pieces([5, 1, 30]), random(2, 36, KV, d)
+    caches, steps = {}, {}
+    kernels.use_bf16(bf16)
+    try:
+        for impl, kind in (("cpu", torch.float32), ("reference", torch.float64)):
+            cache = caches[impl] = kernels.kv_cache(2, 3, 45, KV, d, torch.zeros(1, dtype=kind), impl=impl)
+            for layer in range(2):
+                cache.fill(layer, *(layer + first).to(kind), starts)
+            cache.advance(starts.lengths)
+            weights = [LayerWeights(*(x.to(kind) for x in w)) for w in layers]
+            steps[impl] = kernels.decoder(weights, layers[0].mlp_norm.to(kind), 1e-5, cache, impl=impl)
+    finally:
+        kernels.use_bf16(False)
+    for rows in ([0, 0, 2, 1], [3, 1, 2], None, [1], [0, 0]):
         if rows:
             for cache in caches.values():
                 cache.take(torch.tensor(rows))
         B = len(caches["cpu"].lengths)
-        q, k, v = (torch.randn(B, h, d, generator=generator, dtype=torch.float64) for h in (H, KV, KV))
-        for layer in range(2):
-            exact = caches["reference"].attend(layer, q, k, v)
-            found = caches["cpu"].attend(layer, q.float(), k.float(), v.float())
-            torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-5, msg=f"step {step}, layer {layer}")
-        for cache in caches.values():
-            cache.advance()
+        x, angles = random(B, D), random(B, d // 2)
+        exact = steps["reference"](x, angles.cos(), angles.sin())
+        found = steps["cpu"](x.float(), angles.cos().float(), angles.sin().float())
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=0.1 if bf16 else 2e-5)
 
 
 def test_the_compiled_layers_are_what_runs():
     x = torch.ones(64, 8)
-    for function in ("linear", "rms_norm", "swiglu", "rotate", "attention", "KVCache"):
+    for function in ("linear", "rms_norm", "swiglu", "rotate", "attention", "KVCache", "decoder"):
         assert kernels._implementation(None, function, x, x).__name__ == "kernels.cpu"
         assert kernels._implementation(None, function, x.double(), x.double()).__name__ == "kernels.reference"
 

@@ -27,12 +27,6 @@ void map(int64_t n, int threads, const float* const (&in)[IN], float* const (&ou
     for (int k = 0; k < OUT; k++) std::memcpy(out[k] + whole, &y[k], (n - whole) * 4);
 }
 
-Vec sigmoid(Vec x) {
-    const Int positive = x > 0.0f;
-    const Vec e = exp_(positive ? -x : x), inverse = 1.0f / (1.0f + e);
-    return positive ? inverse : e * inverse;
-}
-
 float dot(const float* a, const float* b, const float* c, int64_t n) {  // sum of a b c
     Vec total{};
     int64_t i = 0;

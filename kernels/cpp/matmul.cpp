@@ -58,23 +58,3 @@ extern "C" void pack_weight(const void* weight, int64_t N, int64_t K, int64_t bf
 #pragma omp parallel for num_threads(threads)
     for (int64_t n = 0; n < N; n += PANEL) pack_any<PANEL>(m, n, 0, K, pairs, out + n * depth(K, pairs));
 }
-
-// C (M, N) = A (M, K) times such a weight transposed, for few rows: what generation does, limited by reading the weight.
-extern "C" void matmul_packed(const float* a, const float* packed, float* c, int64_t M, int64_t N, int64_t K,
-                              int64_t pairs, int64_t threads) {
-    const Matrix A{a, M, K, K, 1, false};
-    const Buffer rows = buffer((M + ROWS - 1) / ROWS * ROWS * depth(K, pairs));
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for
-        for (int64_t m = 0; m < M; m += ROWS) pack_any<ROWS>(A, m, 0, K, pairs, rows.get() + m * depth(K, pairs));
-#pragma omp for
-        for (int64_t n = 0; n < N; n += PANEL) {
-            for (int64_t m = 0; m < M; m += ROWS) {
-                Tile t{};
-                add_packed(t, rows.get() + m * depth(K, pairs), packed + n * depth(K, pairs), K, pairs);
-                put(t, std::min<int64_t>(ROWS, M - m), N - n, false, c + m * N + n, N);
-            }
-        }
-    }
-}

@@ -50,6 +50,12 @@ static inline float exp_(float x) { return std::exp(x); }
 static inline Vec max_(Vec a, Vec b) { return a > b ? a : b; }
 static inline float max_(float a, float b) { return b > a || b != b ? b : a; }
 
+static inline Vec sigmoid(Vec x) {  // 1 / (1 + e^-x)
+    const Int positive = x > 0.0f;
+    const Vec e = exp_(positive ? -x : x), inverse = 1.0f / (1.0f + e);
+    return positive ? inverse : e * inverse;
+}
+
 static inline float sum(Vec v) {
     float total = 0;
     for (int lane = 0; lane < LANES; lane++) total += v[lane];

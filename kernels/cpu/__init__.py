@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from kernels import head as _autograd
-from kernels.constant import are_constant
 from kernels.cpu import head as _compiled
 from kernels.cpu.advantages import advantages as advantages
 from kernels.cpu.cache import KVCache as KVCache
+from kernels.cpu.decode import decoder as decoder
 from kernels.cpu.head import sample_tokens as sample_tokens
 from kernels.cpu.layers import attention as attention
 from kernels.cpu.layers import linear as linear
@@ -25,7 +25,7 @@ def takes(function: str, one: Tensor, other: Tensor) -> bool:
     """Whether the compiled kernels are for these tensors: on a CPU and alike; fp32, or bf16 at the head."""
     if one.device.type != "cpu" or one.dtype != other.dtype:
         return False
-    if function == "linear" and one.numel() < FEW * one.shape[-1] and not are_constant():
+    if function == "linear" and one.numel() < FEW * one.shape[-1]:
         return False
     return one.dtype == torch.float32 or (one.dtype == torch.bfloat16 and function in HEAD)
 

@@ -1,4 +1,4 @@
-"""The KV cache of generation (cpp/cache.cpp): rows keep their slots, so that leaving costs nothing."""
+"""The KV cache of generation (cpp/cache.h): rows keep their slots, so that leaving costs nothing."""
 
 from __future__ import annotations
 
@@ -32,14 +32,6 @@ class KVCache:
         )
         k, v = k.contiguous(), v.contiguous()
         call("cache_fill", self.keys[layer], self.values[layer], k, v, pieces.lengths, *sizes)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See reference.py."""
-        (B, H, _), out = q.shape, torch.empty_like(q)
-        sizes = B, H, self.heads, self.length, self.dim, int(self.keys.dtype == torch.bfloat16), torch.get_num_threads()
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        call("cache_attend", self.keys[layer], self.values[layer], q, k, v, self.slots, self.lengths, *sizes, out)
-        return out
 
     def advance(self, tokens: Tensor | int = 1) -> None:
         """See reference.py."""

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kernels.constant import are_constant
-from kernels.cpu.library import call, matmul, matmul_packed
+from kernels.cpu.library import call, matmul
 from kernels.pieces import Pieces
-
-MANY = 256  # rows from which packing a weight is a small part of a product
 
 
 class _Linear(Function):
@@ -108,12 +105,7 @@ def _shape(q: Tensor, k: Tensor, pieces: Pieces, bf16: bool) -> tuple[Tensor | i
 def linear(x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
     """See reference.py."""
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    if torch.is_grad_enabled():
-        product: Tensor = _Linear.apply(rows, weight, bf16)
-    elif are_constant() and len(rows) < MANY:
-        product = matmul_packed(rows, weight, bf16)
-    else:
-        product = matmul(rows, weight.t(), bf16)
+    product: Tensor = _Linear.apply(rows, weight, bf16)
     return product.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -48,11 +48,3 @@ def packed(weight: Tensor, bf16: bool) -> Tensor:
         return out
 
     return derived(f"packed, bf16: {bf16}", weight, pack)
-
-
-def matmul_packed(a: Tensor, weight: Tensor, bf16: bool) -> Tensor:
-    """(M, K) times a weight (N, K) transposed, which is packed once as long as it does not change."""
-    (M, K), N = a.shape, len(weight)
-    c = torch.empty(M, N)
-    call("matmul_packed", a.contiguous(), packed(weight, bf16), c, M, N, K, int(bf16), torch.get_num_threads())
-    return c
