@@ -81,6 +81,7 @@ def paths(curves: Mapping[str, Mapping[str, Sequence[Points]]], path: Path, xlab
     """One panel a world: for each method its mean path over seeds, and the single seeds faintly."""
     figure, axes = _axes(len(curves))
     for axis, (task, methods) in zip(axes, curves.items(), strict=True):
+        furthest = 0.1
         for method, seeds in methods.items():
             colour = COLOURS.get(method)
             for points in seeds:
@@ -88,7 +89,9 @@ def paths(curves: Mapping[str, Mapping[str, Sequence[Points]]], path: Path, xlab
             length = min(map(len, seeds))
             mean = np.mean([points[-length:] for points in seeds], axis=0)
             axis.plot(mean[:, 0], mean[:, 1], color=colour, marker="o", markersize=3, label=method)
+            furthest = max(furthest, float(mean[:, 0].max()))
         axis.set(xlabel=xlabel, ylabel=ylabel, title=task)
+        axis.set_xlim(right=1.25 * furthest)  # a single seed may leave the picture, the means stay readable
         axis.legend(fontsize=7)
     _save(figure, path)
 

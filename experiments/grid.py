@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,18 @@ def run_cells(cells: Sequence[Cell], results: Path, jobs: int) -> int:
         print(f"{results.name}: {len(cells)} cells, {left} to run, {jobs} at a time", flush=True)
     results.parent.mkdir(parents=True, exist_ok=True)
     lock, failed = threading.Lock(), [0]
+    sources = {cell.source: threading.Lock() for cell in cells}
 
     def work(cells_of_run: list[Cell]) -> None:
         for cell in cells_of_run:
             try:
+                if cell.source:  # what runs share is made once, by the first that needs it
+                    with sources[cell.source]:
+                        make(
+                            replace(cell, run=cell.source, source=""),
+                            "policy-rm",
+                            ROOT / cell.source / "logs" / "rm.log",
+                        )
                 row = run_cell(cell)
             except subprocess.CalledProcessError as e:
                 failed[0] += 1

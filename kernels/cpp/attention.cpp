@@ -190,8 +190,7 @@ struct Backward {
     void row(const Shape& s, int64_t token, int64_t h, int64_t visible, int64_t end, float scale, float* w,
              float* slope) const {
         const int64_t at = token * s.H + h;
-        float delta = 0;
-        for (int64_t j = 0; j < s.d; j++) delta += d_out[at * s.d + j] * out[at * s.d + j];
+        const float delta = dot(d_out + at * s.d, out + at * s.d, s.d);
         std::fill(w + visible, w + end, -1e30f);
         std::fill(slope + visible, slope + end, 0.0f);
         for (int64_t j = 0; j < end; j += LANES) {

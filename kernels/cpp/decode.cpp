@@ -54,13 +54,8 @@ struct Step {
 
     void norm(int64_t b, const float* weight, float* out) const {
         const float* row = x.get() + b * D;
-        Vec squares{};
-        int64_t i = 0;
-        for (; i + LANES <= D; i += LANES) squares += load(row + i) * load(row + i);
-        float total = sum(squares);
-        for (; i < D; i++) total += row[i] * row[i];
-        const float inverse = 1 / std::sqrt(total / D + eps);
-        for (i = 0; i < D; i++) out[i] = row[i] * inverse * weight[i];
+        const float inverse = 1 / std::sqrt(dot(row, row, D) / D + eps);
+        for (int64_t i = 0; i < D; i++) out[i] = row[i] * inverse * weight[i];
     }
 
     Tile tile(int64_t row, const float* weight, int64_t column, int64_t K) const {

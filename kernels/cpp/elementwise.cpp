@@ -27,7 +27,7 @@ void map(int64_t n, int threads, const float* const (&in)[IN], float* const (&ou
     for (int k = 0; k < OUT; k++) std::memcpy(out[k] + whole, &y[k], (n - whole) * 4);
 }
 
-float dot(const float* a, const float* b, const float* c, int64_t n) {  // sum of a b c
+float dot3(const float* a, const float* b, const float* c, int64_t n) {  // sum of a b c
     Vec total{};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) total += load(a + i) * load(b + i) * load(c + i);
@@ -56,12 +56,7 @@ extern "C" void rms_norm(const float* x, const float* weight, int64_t N, int64_t
 #pragma omp parallel for num_threads(threads) if (N * D > GRAIN)
     for (int64_t n = 0; n < N; n++) {
         const float* row = x + n * D;
-        Vec squares{};
-        int64_t whole = 0;
-        for (; whole + LANES <= D; whole += LANES) squares += load(row + whole) * load(row + whole);
-        float rest = 0;
-        for (int64_t i = whole; i < D; i++) rest += row[i] * row[i];
-        inverse[n] = 1 / std::sqrt((sum(squares) + rest) / D + eps);
+        inverse[n] = 1 / std::sqrt(dot(row, row, D) / D + eps);
         for (int64_t i = 0; i < D; i++) out[n * D + i] = row[i] * inverse[n] * weight[i];
     }
 }
@@ -75,7 +70,7 @@ extern "C" void rms_norm_backward(const float* x, const float* weight, const flo
 #pragma omp for
         for (int64_t n = 0; n < N; n++) {
             const float *row = x + n * D, *dy = d_out + n * D, r = inverse[n];
-            const float pull = dot(row, dy, weight, D) * r * r / D;
+            const float pull = dot3(row, dy, weight, D) * r * r / D;
             for (int64_t i = 0; i < D; i++) {
                 dx[n * D + i] = r * (weight[i] * dy[i] - row[i] * pull);
                 mine[i] += dy[i] * row[i] * r;

@@ -62,6 +62,15 @@ static inline float sum(Vec v) {
     return total;
 }
 
+static inline float dot(const float* a, const float* b, int64_t n) {
+    Vec total{};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) total += load(a + i) * load(b + i);
+    float rest = 0;
+    for (; i < n; i++) rest += a[i] * b[i];
+    return sum(total) + rest;
+}
+
 static inline float most(Vec v) {
     float found = v[0];
     for (int lane = 1; lane < LANES; lane++) found = max_(found, v[lane]);
