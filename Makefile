@@ -39,8 +39,7 @@ ifdef KERNELS
 export MPO_KERNELS := $(KERNELS)
 endif
 
-# Threads that wait for each other give up the core early: beside other jobs a step is up to three times as fast,
-# and alone it is no slower.
+# Threads that wait for each other give up the core early, so that jobs side by side do not.
 export GOMP_SPINCOUNT ?= 1000
 
 PYTHON ?= python3

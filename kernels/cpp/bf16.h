@@ -12,21 +12,22 @@ typedef uint32_t Pairs __attribute__((vector_size(LANES * 4)));
 
 // The upper half of the result is x rounded to bf16, ties to even; the lower half is undefined. NaN stays NaN.
 template <class Bits, class X>
-static inline Bits rounded(X x) {
-    const Bits bits = (Bits)x, up = bits + 0x7fff + ((bits >> 16) & 1);
+static inline Bits rounded(X x, Bits bits) {
+    const Bits up = bits + 0x7fff + ((bits >> 16) & 1);
     return x == x ? up : bits | 0x400000;
 }
+
+static inline Pairs rounded(Vec x) { return rounded(x, (Pairs)x); }
 
 static inline uint32_t pair(float low, float high) {
     uint32_t bits[2];
     const float x[2] = {low, high};
     std::memcpy(bits, x, 8);
-    for (int i = 0; i < 2; i++) bits[i] = x[i] == x[i] ? bits[i] + 0x7fff + ((bits[i] >> 16) & 1) : bits[i] | 0x400000;
-    return (bits[0] >> 16) | (bits[1] & 0xffff0000u);
+    return (rounded(low, bits[0]) >> 16) | (rounded(high, bits[1]) & 0xffff0000u);
 }
 
 static inline Pairs pair(Vec low, Vec high) {
-    return (rounded<Pairs>(low) >> 16) | (rounded<Pairs>(high) & 0xffff0000u);
+    return (rounded(low) >> 16) | (rounded(high) & 0xffff0000u);
 }
 
 // Rows [first, first + W) of m, columns [k0, k0 + K), as [K / 2, rounded up][W] pairs; what is past an end is 0.
@@ -56,9 +57,9 @@ static void pack_pairs(const Matrix& m, int64_t first, int64_t k0, int64_t K, ui
         for (; k + LANES / 2 <= whole; k += LANES / 2) {
             for (int64_t i = 0; i < W; i++) {
                 typedef uint64_t Both __attribute__((vector_size(LANES * 4)));
-                typedef uint32_t Half __attribute__((vector_size(LANES * 2)));
-                const Both both = (Both)rounded<Pairs>(load(x + i * m.row + 2 * k));
-                const Half pairs = __builtin_convertvector(((both >> 16) & 0xffff) | ((both >> 32) & 0xffff0000u), Half);
+                typedef uint32_t Words __attribute__((vector_size(LANES * 2)));
+                const Both both = (Both)rounded(load(x + i * m.row + 2 * k));
+                const Words pairs = __builtin_convertvector(((both >> 16) & 0xffff) | ((both >> 32) & 0xffff0000u), Words);
                 for (int j = 0; j < LANES / 2; j++) out[(k + j) * W + i] = pairs[j];
             }
         }
@@ -101,7 +102,7 @@ static inline int64_t depth(int64_t K, bool pairs) { return pairs ? (K + 1) / 2 
 template <int W>
 static void pack_any(const Matrix& m, int64_t first, int64_t k0, int64_t K, bool pairs, float* out) {
     if (pairs) pack_pairs<W>(m, first, k0, K, reinterpret_cast<uint32_t*>(out));
-    else pack<W>(m, first, k0, K, 1.0f, out);
+    else pack<W>(m, first, k0, K, out);
 }
 
 // t += a b of packed operands.

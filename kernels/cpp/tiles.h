@@ -25,12 +25,12 @@ struct Matrix {  // fp32 or bf16, of any strides (in numbers)
     }
 };
 
-// Rows [first, first + W) of m, columns [k0, k0 + K), times scale, as [K][W]; rows past the end are 0.
+// Rows [first, first + W) of m, columns [k0, k0 + K), as [K][W]; rows past the end are 0.
 template <int W, bool BF16>
-static void pack_as(const Matrix& m, int64_t first, int64_t k0, int64_t K, float scale, float* out) {
+static void pack_as(const Matrix& m, int64_t first, int64_t k0, int64_t K, float* out) {
     const Matrix x{m.data, m.rows, m.width, m.row, m.column, BF16};
     const int64_t there = std::min<int64_t>(W, m.rows - first);
-    if (!BF16 && m.row == 1 && there == W && scale == 1.0f) {  // they lie together already
+    if (!BF16 && m.row == 1 && there == W) {  // they lie together already
         const float* from = static_cast<const float*>(m.data) + first + k0 * m.column;
         for (int64_t k = 0; k < K; k++) std::memcpy(out + k * W, from + k * m.column, W * sizeof(float));
         return;
@@ -39,7 +39,7 @@ static void pack_as(const Matrix& m, int64_t first, int64_t k0, int64_t K, float
     for (int64_t k = 0; k < K; k += BLOCK) {
         const int64_t end = std::min(k + BLOCK, K);
         for (int64_t i = 0; i < there; i++) {
-            for (int64_t j = k; j < end; j++) out[j * W + i] = x.at(first + i, k0 + j) * scale;
+            for (int64_t j = k; j < end; j++) out[j * W + i] = x.at(first + i, k0 + j);
         }
         for (int64_t i = there; i < W; i++) {
             for (int64_t j = k; j < end; j++) out[j * W + i] = 0.0f;
@@ -48,8 +48,8 @@ static void pack_as(const Matrix& m, int64_t first, int64_t k0, int64_t K, float
 }
 
 template <int W>
-static void pack(const Matrix& m, int64_t first, int64_t k0, int64_t K, float scale, float* out) {
-    m.bf16 ? pack_as<W, true>(m, first, k0, K, scale, out) : pack_as<W, false>(m, first, k0, K, scale, out);
+static void pack(const Matrix& m, int64_t first, int64_t k0, int64_t K, float* out) {
+    m.bf16 ? pack_as<W, true>(m, first, k0, K, out) : pack_as<W, false>(m, first, k0, K, out);
 }
 
 struct Tile {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -30,13 +32,5 @@ def takes(function: str, one: Tensor, other: Tensor) -> bool:
     return one.dtype == torch.float32 or (one.dtype == torch.bfloat16 and function in HEAD)
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """See reference.py."""
-    return _autograd.token_logprobs(_compiled, hidden, weight, targets, temperature)
-
-
-def policy_reference(
-    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, ...]:
-    """See reference.py."""
-    return _autograd.policy_reference(_compiled, hidden, weight, ref_hidden, ref_weight, targets, temperature)
+token_logprobs = partial(_autograd.token_logprobs, _compiled)
+policy_reference = partial(_autograd.policy_reference, _compiled)

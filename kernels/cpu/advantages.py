@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import call
+from kernels.cpu.binding import call
 
 
 def advantages(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.cpu.library import call
+from kernels.cpu.binding import call
 from kernels.pieces import Pieces
 
 BLOCK = 16  # a row's room is a multiple of this, which every processor's vector length divides

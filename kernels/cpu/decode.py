@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from kernels.cpu.binding import call, packed
 from kernels.cpu.cache import KVCache
-from kernels.cpu.library import call, packed
 from kernels.reference import LayerWeights
 
 

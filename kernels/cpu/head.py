@@ -1,4 +1,4 @@
-"""The head's kernels (cpp/head.cpp), which kernels/head.py makes differentiable."""
+"""The head's kernels (cpp/logprobs.cpp, sampling.cpp), which kernels/head.py makes differentiable."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 from kernels.constant import are_constant
-from kernels.cpu.library import call, packed
-from kernels.cpu.library import matmul as matmul
+from kernels.cpu.binding import call, packed
+from kernels.cpu.binding import matmul as matmul
 
 
-def _kind(hidden: Tensor) -> tuple[int]:
-    return (int(hidden.dtype == torch.bfloat16),)
+def _bf16(hidden: Tensor) -> int:
+    return int(hidden.dtype == torch.bfloat16)
 
 
 def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
     """Log-prob of each target, entropy, and the log-sum-exp of the logits, (N,) each."""
     (N, D), V = hidden.shape, len(weight)
     results = torch.empty(3, N)
-    shape = N, D, V, *_kind(hidden), temperature, torch.get_num_threads()
+    shape = N, D, V, _bf16(hidden), temperature, torch.get_num_threads()
     call("token_logprobs", hidden, weight, targets, *shape, *results)
     return tuple(results)
 
@@ -29,7 +29,7 @@ def comparison(
     """logp, ref_logp, KL, entropy, and both log-sum-exps, (N,) each."""
     (N, D), V = hidden.shape, len(weight)
     results = torch.empty(6, N)
-    shape = N, D, ref_hidden.shape[1], V, *_kind(hidden), temperature, torch.get_num_threads()
+    shape = N, D, ref_hidden.shape[1], V, _bf16(hidden), temperature, torch.get_num_threads()
     call("policy_reference", hidden, weight, ref_hidden, ref_weight, targets, *shape, *results)
     return tuple(results)
 
@@ -45,7 +45,7 @@ def gradient_in_logits(
     """(N, V): p_v (of_p + of_log log(p_v / q_v)) / temperature, by statistics lse, ref_lse, of_p, of_log, (N,) each."""
     (N, D), V = hidden.shape, len(weight)
     out = torch.empty(N, V)
-    shape = N, D, 0 if ref_hidden is None else ref_hidden.shape[1], V, *_kind(hidden), temperature
+    shape = N, D, 0 if ref_hidden is None else ref_hidden.shape[1], V, _bf16(hidden), temperature
     call(
         "gradient_in_logits", hidden, weight, ref_hidden, ref_weight, *shape, torch.get_num_threads(), *statistics, out
     )
@@ -58,6 +58,6 @@ def sample_tokens(hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: 
     (N, D), V = hidden.shape, len(weight)
     tokens, logp = torch.empty(N, dtype=torch.long), torch.empty(N)
     ready = packed(weight, hidden.dtype == torch.bfloat16) if are_constant() else None
-    shape = N, D, V, *_kind(hidden), float(temperature), torch.get_num_threads()
+    shape = N, D, V, _bf16(hidden), float(temperature), torch.get_num_threads()
     call("sample_tokens", hidden, weight, ready, uniform, *shape, tokens, logp)
     return tokens, logp

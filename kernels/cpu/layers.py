@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kernels.cpu.library import call, matmul
+from kernels.cpu.binding import call, matmul
 from kernels.pieces import Pieces
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from kernels import head as _autograd
@@ -15,13 +17,5 @@ def takes(function: str, one: Tensor, other: Tensor) -> bool:
     return one.is_cuda and other.is_cuda and one.dtype == other.dtype
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """See reference.py."""
-    return _autograd.token_logprobs(_programs, hidden, weight, targets, temperature)
-
-
-def policy_reference(
-    hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, targets: Tensor, temperature: float
-) -> tuple[Tensor, ...]:
-    """See reference.py."""
-    return _autograd.policy_reference(_programs, hidden, weight, ref_hidden, ref_weight, targets, temperature)
+token_logprobs = partial(_autograd.token_logprobs, _programs)
+policy_reference = partial(_autograd.policy_reference, _programs)

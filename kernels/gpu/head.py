@@ -78,7 +78,7 @@ def matmul(a: Tensor, b: Tensor, bf16: bool) -> Tensor:
 
 
 def sample_tokens(hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """See reference.py; by panels of the vocabulary, as cpp/head.cpp does."""
+    """See reference.py; by panels of the vocabulary, as cpp/sampling.cpp does."""
     hidden, weight = hidden.contiguous(), weight.contiguous()
     (N, D), V = hidden.shape, len(weight)
     maxima, totals = torch.empty(2, N, _blocks(V, BV), device=hidden.device)

@@ -1,6 +1,6 @@
 """The Triton programs for NVIDIA GPUs, which also run in Triton's interpreter on any processor.
 
-As in cpp/head.cpp: logits are computed tile by tile and used up where they appear. One program has
+As in cpp/head.h: logits are computed tile by tile and used up where they appear. One program has
 BM rows and every SPLITth part of the vocabulary, with an online softmax of its own; the parts are
 merged by torch (gpu/head.py).
 """

@@ -1,0 +1,109 @@
+// What the head's kernels share (logprobs.cpp, sampling.cpp): every tile of the logits, shown to whom it concerns.
+//
+// All are one matrix product, logits = hidden weight^T, whose results are used up where they appear: in
+// registers. No N x V array exists. hidden is packed once as [tile][D][ROWS], weight chunk by chunk as
+// [panel][D][PANEL] by the thread that multiplies with it. Inputs are fp32 or bf16, everything else is fp32.
+
+#pragma once
+
+#include "bf16.h"
+
+constexpr int CHUNK_BYTES = 512 * 1024;  // packed weights that a core's own cache holds
+constexpr float NEVER = -1e30f;          // the logit of a column that does not exist
+
+// Give the columns from `valid` on the logit NEVER.
+static inline void cut(Tile& t, int64_t valid) {
+    for (int half = 0; half < 2; half++) {
+        for (int lane = 0; lane < LANES; lane++) {
+            if (half * LANES + lane >= valid) {
+                for (int i = 0; i < ROWS; i++) t.at[i][half][lane] = NEVER;
+            }
+        }
+    }
+}
+
+struct Side {  // one model
+    Matrix hidden, weight;
+    bool pairs;          // bf16: products of pairs
+    float inverse;       // 1 / temperature
+    const float* ready;  // the whole weight packed, or null
+    Buffer packed;       // hidden, [tile][depth][ROWS]
+
+    Side(const void* h, const void* w, int64_t N, int64_t D, int64_t V, bool bf16, float temperature, int threads,
+         const float* ready = nullptr)
+        : hidden{h, N, D, D, 1, bf16},
+          weight{w, V, D, D, 1, bf16},
+          pairs(bf16),
+          inverse(1 / temperature),
+          ready(ready),
+          packed(buffer((N + ROWS - 1) / ROWS * ROWS * words())) {
+#pragma omp parallel for num_threads(threads)
+        for (int64_t row = 0; row < N; row += ROWS) pack_any<ROWS>(hidden, row, 0, D, pairs, packed.get() + row * words());
+    }
+
+    int64_t words() const { return depth(hidden.width, pairs); }
+
+    // The weights of columns [first, last), packed: into `room` unless they are.
+    const float* columns(int64_t first, int64_t last, float* room) const {
+        if (ready) return ready + first * words();
+        for (int64_t v = first; v < last; v += PANEL) {
+            pack_any<PANEL>(weight, v, 0, weight.width, pairs, room + (v - first) * words());
+        }
+        return room;
+    }
+
+    // The logits of rows [row, row + ROWS), columns [column, column + PANEL), whose packed weights are `panel`.
+    inline __attribute__((always_inline)) Tile logits(int64_t row, int64_t column, const float* panel) const {
+        Tile t{};
+        add_packed(t, packed.get() + row * words(), panel, hidden.width, pairs);
+        if (inverse != 1.0f) {
+            for (auto& vectors : t.at) vectors[0] *= inverse, vectors[1] *= inverse;
+        }
+        if (weight.rows - column < PANEL) cut(t, weight.rows - column);
+        return t;
+    }
+};
+
+struct Chunks {  // how V columns are shared out: `count` chunks of `size` columns, whole panels
+    int64_t size, count;
+
+    Chunks(int64_t V, int64_t D, int threads) {
+        const int64_t cached = CHUNK_BYTES / (4 * std::max<int64_t>(D, 1)) / PANEL * PANEL;
+        const int64_t fair = (V / (4 * threads) + PANEL) / PANEL * PANEL;  // four chunks a thread or more
+        size = std::max<int64_t>(PANEL, std::min(cached, fair));
+        count = (V + size - 1) / size;
+    }
+};
+
+// Show `start.tile` every tile of the logits, of one model or of two. A chunk's tiles of the same rows come one
+// after the other, between `begin` and `end`. Each thread has its own copy of `start`, which `join` ends.
+template <bool REF, class Work>
+static void over_tiles(const Side* sides, int threads, const Work& start) {
+    const int64_t N = sides[0].hidden.rows, V = sides[0].weight.rows, D = sides[0].words();
+    const int64_t RD = REF ? sides[1].words() : 0;
+    const Chunks chunks(V, D + RD, threads);
+#pragma omp parallel num_threads(threads)
+    {
+        Work work = start;
+        const Buffer part = buffer(chunks.size * D), ref_part = buffer(chunks.size * RD);
+#pragma omp for schedule(dynamic)
+        for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
+            const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, V);
+            const float* weight = sides[0].columns(first, last, part.get());
+            const float* ref_weight = REF ? sides[1].columns(first, last, ref_part.get()) : nullptr;
+            for (int64_t row = 0; row < N; row += ROWS) {
+                const int count = int(std::min<int64_t>(ROWS, N - row));
+                work.begin();
+                for (int64_t column = first; column < last; column += PANEL) {
+                    const Tile z = sides[0].logits(row, column, weight + (column - first) * D);
+                    Tile r;
+                    if (REF) r = sides[1].logits(row, column, ref_weight + (column - first) * RD);
+                    work.tile(row, count, column, z, r);
+                }
+                work.end(row, count);
+            }
+        }
+#pragma omp critical
+        work.join();
+    }
+}

@@ -1,0 +1,191 @@
+// Log-probs, entropy, exact KL, and their gradients in the logits. See ../reference.py for what each means,
+// ../cpu/head.py for who calls it. Each of the LANES vector lanes keeps an online softmax of its own (Milakov &
+// Gimelshein, 1805.02867); lanes, chunks and threads are merged at the end.
+
+#include <vector>
+
+#include "head.h"
+
+// --- the online softmax -----------------------------------------------------------------------------
+
+// The maximum m, s = sum e^(z - m), b = sum e^(z - m) (z - m).
+template <class X>
+struct State {
+    X m, s, b;    // the policy's
+    X rm, rs, d;  // the reference's; d = sum e^(z - m) ((z - m) - (r - rm))
+};
+
+template <class X>
+static inline State<X> nothing(X zero) {
+    return {zero + NEVER, zero, zero, zero + NEVER, zero, zero};
+}
+
+// Move the maxima up to m and rm.
+template <bool REF, class X>
+static inline void raise(State<X>& a, X m, X rm) {
+    const X up = m - a.m, scale = exp_(-up);
+    a.b = scale * (a.b - up * a.s);
+    if (REF) {
+        const X rup = rm - a.rm;
+        a.d = scale * (a.d - (up - rup) * a.s);
+        a.rs = exp_(-rup) * a.rs;
+        a.rm = rm;
+    }
+    a.s = scale * a.s;
+    a.m = m;
+}
+
+template <bool REF, class X>
+static inline void merge(State<X>& a, State<X> b) {
+    const X m = max_(a.m, b.m), rm = REF ? max_(a.rm, b.rm) : a.rm;
+    raise<REF>(a, m, rm);
+    raise<REF>(b, m, rm);
+    a.s += b.s;
+    a.b += b.b;
+    if (REF) {
+        a.d += b.d;
+        a.rs += b.rs;
+    }
+}
+
+// One more logit a lane. e^-|z - m| serves as the new term or as the old sum's scale, whichever is not 1.
+template <bool REF>
+static inline __attribute__((always_inline)) void add(State<Vec>& a, Vec z, Vec r) {
+    const Vec gap = z - a.m;
+    const Int above = gap > 0.0f;
+    const Vec one = splat(1.0f), x = exp_(above ? -gap : gap);
+    const Vec scale = above ? x : one, term = above ? one : x;
+    const Vec up = above ? gap : Vec{}, below = gap - up;  // z - (new m)
+    a.b = scale * (a.b - up * a.s) + term * below;
+    if (REF) {
+        const Vec rgap = r - a.rm;
+        const Int rabove = rgap > 0.0f;
+        const Vec rx = exp_(rabove ? -rgap : rgap), rup = rabove ? rgap : Vec{};
+        a.d = scale * (a.d - (up - rup) * a.s) + term * (below - (rgap - rup));
+        a.rs = (rabove ? rx : one) * a.rs + (rabove ? one : rx);
+        a.rm = rabove ? r : a.rm;
+    }
+    a.s = scale * a.s + term;
+    a.m = above ? z : a.m;
+}
+
+template <bool REF>
+static State<float> over_lanes(const State<Vec>& v) {
+    State<float> all = nothing(0.0f);
+    for (int lane = 0; lane < LANES; lane++) {
+        merge<REF>(all, {v.m[lane], v.s[lane], v.b[lane], v.rm[lane], v.rs[lane], v.d[lane]});
+    }
+    return all;
+}
+
+// --- token log-probs, entropy, KL ---------------------------------------------------------------------
+
+template <bool REF>
+struct Softmax {
+    const int64_t* targets;
+    std::vector<State<float>>& rows;  // of all threads
+    float *picked, *ref_picked;       // the targets' logits
+    std::vector<State<float>> mine{rows.size(), nothing(0.0f)};
+    State<Vec> lanes[ROWS];
+
+    void begin() {
+        for (auto& state : lanes) state = nothing(Vec{});
+    }
+
+    inline __attribute__((always_inline)) void tile(int64_t row, int count, int64_t column, const Tile& z, const Tile& r) {
+        for (int i = 0; i < count; i++) {
+            const int64_t at = targets[row + i] - column;
+            if (at >= 0 && at < PANEL) {
+                picked[row + i] = z.at[i][at / LANES][at % LANES];
+                if (REF) ref_picked[row + i] = r.at[i][at / LANES][at % LANES];
+            }
+        }
+        for (int i = 0; i < ROWS; i++) {
+            for (int half = 0; half < 2; half++) add<REF>(lanes[i], z.at[i][half], REF ? r.at[i][half] : Vec{});
+        }
+    }
+
+    void end(int64_t row, int count) {
+        for (int i = 0; i < count; i++) merge<REF>(mine[row + i], over_lanes<REF>(lanes[i]));
+    }
+
+    void join() {
+        for (size_t n = 0; n < rows.size(); n++) merge<REF>(rows[n], mine[n]);
+    }
+};
+
+extern "C" void token_logprobs(const void* hidden, const void* weight, const int64_t* targets, int64_t N, int64_t D,
+                               int64_t V, int64_t bf16, float temperature, int64_t threads, float* logp, float* entropy,
+                               float* lse) {
+    const Side side(hidden, weight, N, D, V, bf16, temperature, threads);
+    std::vector<State<float>> rows(N, nothing(0.0f));
+    over_tiles<false>(&side, threads, Softmax<false>{targets, rows, logp, nullptr});
+    for (int64_t n = 0; n < N; n++) {
+        const float log_s = std::log(rows[n].s);
+        logp[n] = logp[n] - rows[n].m - log_s;  // in this order: m may be large
+        entropy[n] = log_s - rows[n].b / rows[n].s;
+        lse[n] = rows[n].m + log_s;
+    }
+}
+
+extern "C" void policy_reference(const void* hidden, const void* weight, const void* ref_hidden, const void* ref_weight,
+                                 const int64_t* targets, int64_t N, int64_t D, int64_t RD, int64_t V, int64_t bf16,
+                                 float temperature, int64_t threads, float* logp, float* ref_logp, float* kl,
+                                 float* entropy, float* lse, float* ref_lse) {
+    const Side sides[2] = {{hidden, weight, N, D, V, bool(bf16), temperature, int(threads)},
+                           {ref_hidden, ref_weight, N, RD, V, bool(bf16), temperature, int(threads)}};
+    std::vector<State<float>> rows(N, nothing(0.0f));
+    over_tiles<true>(sides, threads, Softmax<true>{targets, rows, logp, ref_logp});
+    for (int64_t n = 0; n < N; n++) {
+        const State<float>& row = rows[n];
+        const float log_s = std::log(row.s), ref_log_s = std::log(row.rs);
+        logp[n] = logp[n] - row.m - log_s;
+        ref_logp[n] = ref_logp[n] - row.rm - ref_log_s;
+        kl[n] = row.d / row.s - log_s + ref_log_s;
+        entropy[n] = log_s - row.b / row.s;
+        lse[n] = row.m + log_s;
+        ref_lse[n] = row.rm + ref_log_s;
+    }
+}
+
+// --- gradients ------------------------------------------------------------------------------------------
+
+// What the loss's gradient is in the logits, into out (N, V):
+//   p_v = e^(z_v - lse),  out_v = p_v (of_p[n] + of_log[n] log(p_v / q_v)) / temperature; no second term without a reference.
+// The target's own 1 is added by the caller. With these, log p(t) has of_p = -g; KL of_p = -g KL, of_log = g.
+template <bool REF>
+struct Gradient {
+    const float *lse, *ref_lse, *of_p, *of_log;
+    float temperature;
+    float* out;
+    int64_t V;
+
+    void begin() {}
+
+    inline __attribute__((always_inline)) void tile(int64_t row, int count, int64_t column, const Tile& z, const Tile& r) {
+        for (int i = 0; i < count; i++) {
+            const int64_t n = row + i;
+            for (int half = 0; half < 2; half++) {
+                const Vec logp = z.at[i][half] - lse[n];
+                Vec factor = splat(of_p[n]);
+                if (REF) factor += of_log[n] * (logp - (r.at[i][half] - ref_lse[n]));
+                const Vec value = exp_(logp) * factor / temperature;
+                const int64_t at = column + half * LANES, width = std::min<int64_t>(LANES, V - at);
+                if (width > 0) std::memcpy(out + n * V + at, &value, width * sizeof(float));
+            }
+        }
+    }
+
+    void end(int64_t, int) {}
+    void join() {}
+};
+
+extern "C" void gradient_in_logits(const void* hidden, const void* weight, const void* ref_hidden, const void* ref_weight,
+                                   int64_t N, int64_t D, int64_t RD, int64_t V, int64_t bf16, float temperature,
+                                   int64_t threads, const float* lse, const float* ref_lse, const float* of_p,
+                                   const float* of_log, float* out) {
+    const Side sides[2] = {{hidden, weight, N, D, V, bool(bf16), temperature, int(threads)},
+                           {ref_hidden, ref_weight, ref_hidden ? N : 0, RD, V, bool(bf16), temperature, int(threads)}};
+    if (ref_hidden) over_tiles<true>(sides, threads, Gradient<true>{lse, ref_lse, of_p, of_log, temperature, out, V});
+    else over_tiles<false>(sides, threads, Gradient<false>{lse, ref_lse, of_p, of_log, temperature, out, V});
+}
