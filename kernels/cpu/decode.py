@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,27 +12,26 @@ from kernels.cpu.cache import KVCache
 from kernels.reference import LayerWeights
 
 
-def decoder(
-    layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: KVCache, bf16: bool
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """See reference.py; the weights are packed here, once."""
-    kept, rows = [], []
-    for i, w in enumerate(layers):
-        tensors = [x.contiguous() if x.dim() == 1 else packed(x, bf16) for x in w]
-        kept += tensors
-        rows.append([x.data_ptr() for x in (*tensors, cache.keys[i], cache.values[i])])
-    pointers, (F, D) = torch.tensor(rows), layers[0].gate.shape
-    heads = len(layers[0].q) // cache.dim, cache.heads, cache.dim
+class Decoder:
+    """See reference.decoder; the weights are packed here, once."""
 
-    def step(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        for i in range(len(layers)):  # the cache may have moved (take)
-            pointers[i, -2], pointers[i, -1] = cache.keys[i].data_ptr(), cache.values[i].data_ptr()
-        out, x, cos, sin = torch.empty_like(x), x.contiguous(), cos.contiguous(), sin.contiguous()
-        sizes = len(x), D, *heads, F, eps, cache.length, int(cache.keys.dtype == torch.bfloat16), int(bf16)
+    def __init__(self, layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: KVCache, bf16: bool):
+        self.norm, self.eps, self.cache, self.bf16 = norm.contiguous(), eps, cache, bf16
+        self.weights = [[x.contiguous() if x.dim() == 1 else packed(x, bf16) for x in w] for w in layers]
+        F, D = layers[0].gate.shape
+        self.sizes = D, len(layers[0].q) // cache.dim, cache.heads, cache.dim, F
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, D) -> (B, D)"""
+        cache, out = self.cache, torch.empty_like(x)
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        layers = zip(self.weights, cache.keys, cache.values, strict=True)  # of now: the cache may have moved (take)
+        pointers = torch.tensor([[t.data_ptr() for t in (*weights, keys, values)] for weights, keys, values in layers])
+        sizes = len(x), *self.sizes, self.eps, cache.length, int(cache.keys.dtype == torch.bfloat16), int(self.bf16)
         state = cos, sin, cache.slots, cache.lengths
-        call("decode", x, pointers, len(layers), norm, *state, *sizes, torch.get_num_threads(), out)
+        call("decode", x, pointers, len(pointers), self.norm, *state, *sizes, torch.get_num_threads(), out)
         cache.advance()
         return out
 
-    step.weights = kept  # type: ignore[attr-defined]  # what the pointers point at
-    return step
+
+decoder = Decoder

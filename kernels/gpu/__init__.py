@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import head as _autograd
 from kernels.gpu import head as _programs
-from kernels.gpu.head import advantages as advantages
+from kernels.gpu.advantages import advantages as advantages
 from kernels.gpu.head import sample_tokens as sample_tokens
 
 

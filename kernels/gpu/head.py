@@ -95,29 +95,3 @@ def sample_tokens(hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: 
     left = (goal - before).float()
     programs.pick[N,](hidden, weight, chosen, top, left, tokens, picked, N, V, D, inverse, **sizes)
     return tokens, (picked - top - mass[:, -1].log().float()).clamp(max=0)
-
-
-def advantages(
-    score: Tensor,
-    kl: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    kl_coef: float,
-    gamma: float,
-    lam: float,
-    whiten_rewards: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See reference.py."""
-    B, R = mask.shape
-    lengths, count = mask.sum(1), mask.sum().clamp(min=1)
-    shift, scale = torch.zeros((), device=score.device), torch.ones((), device=score.device)
-    if whiten_rewards:
-        rewards = -kl_coef * kl * mask
-        rewards[torch.arange(B), lengths - 1] += score
-        shift = rewards.sum() / count
-        scale = torch.rsqrt((((rewards - shift) * mask) ** 2).sum() / count + 1e-8)
-    found, returns = torch.zeros(2, B, R, device=score.device)
-    inputs = score.contiguous(), kl.contiguous(), values.contiguous(), lengths, shift, scale
-    programs.backwards[B,](*inputs, found, returns, R, kl_coef, gamma, lam)
-    centred = (found - found.sum() / count) * mask
-    return found, returns, centred * torch.rsqrt((centred**2).sum() / count + 1e-8)
