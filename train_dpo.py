@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,14 @@ class RunningMean:
             self.value += (sum(self.waiting) - self.batch * self.value) / self.count
             self.waiting.clear()
 
+    def state(self) -> dict[str, Any]:
+        """Between batches, as JSON."""
+        return {"value": self.value, "count": self.count}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.value, self.count = state["value"], state["count"]
+
 
 def self_check(first: PairLogps) -> None:
     """Before the first step a model that is its own reference has log-ratios 0 (and DPO's loss is ln 2)."""
@@ -102,14 +111,13 @@ def main(config: DPOConfig) -> None:
         self_check(first)
     log_ratios = RunningMean(config.batch)
 
-    def loss_sums(part: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(part: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         logps = pair_logps(model, part, cache, log_ratios.value)
         log_ratios.add((logps.s_w + logps.s_l).detach() / 2)
-        metrics = pair_metrics(logps, config.beta)
-        return objective.losses(logps).sum(), {k: v.sum() for k, v in metrics.items()}
+        return objective.losses(logps), pair_metrics(logps, config.beta)
 
     batches = batches_of(pairs, config.batch, config.epochs, config.seed, config.steps)
-    last = train(model, batches, loss_sums, lambda pair: 1.0, config, stage, config.keep)
+    last = train(model, batches, losses_of, lambda pair: 1.0, config, stage, config.keep, log_ratios)
     print(f"{stage.out.name}: {len(batches)} steps, loss {last['loss']:.3f}, margin {last['reward_margin']:.3f}")
     save_model(stage.out, model)
     tokenizer.save(stage.out)

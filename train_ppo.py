@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,28 +19,30 @@ from mpo import ppo
 from mpo.artifacts import Stage
 from mpo.checkpoint import load_model, load_scalar, save_model
 from mpo.config import PPOConfig, exact_div, run
-from mpo.data.batches import encode
+from mpo.data.batches import Pair, encode
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
+from mpo.guards import NotFinite, collapses, failure
 from mpo.model import Llama, ValueHead
 from mpo.ppo_update import Critic, Learner, Update, update
 from mpo.progress import progress
 from mpo.randomness import generator
 from mpo.rollout import Rollout, roll_out, rollout_metrics
 from mpo.sampling import Sampling
+from mpo.saves import Part, Saves
 from mpo.tokenizer import load_tokenizer
 from mpo.training import adamw, milestones, setup_torch
 
 
-def prompt_batches(prompts: list[list[int]], config: PPOConfig) -> Iterator[list[list[int]]]:
-    """Batches of prompts without end, each prompt `group` times: every one before any comes again."""
+def prompt_batches(pairs: Sequence[Pair], config: PPOConfig) -> Iterator[list[Pair]]:
+    """Batches of rows without end, each row `group` times: every one before any comes again."""
     each = exact_div(config.batch, config.group, "--batch and --group")
     epoch, waiting = 0, list[int]()
     while True:
         while len(waiting) < each:
-            waiting += torch.randperm(len(prompts), generator=generator(config.seed, "prompts", epoch)).tolist()
+            waiting += torch.randperm(len(pairs), generator=generator(config.seed, "prompts", epoch)).tolist()
             epoch += 1
-        yield [prompts[i] for i in waiting[:each] for _ in range(config.group)]
+        yield [pairs[i] for i in waiting[:each] for _ in range(config.group)]
         waiting = waiting[each:]
 
 
@@ -70,11 +75,38 @@ def check(config: PPOConfig) -> None:
         raise InputError(f"--ref_rate {config.ref_rate}: must be between 0 and 1")
 
 
+def warn(stage: Stage, iteration: int, state: dict[str, Any]) -> dict[str, str]:
+    """Say once of each sign of collapse that it has come; returns all so far, by name."""
+    new = {k: v for k, v in collapses(state["last"], state["first"]).items() if k not in state["warnings"]}
+    for words in new.values():
+        print(f"\n{stage.name}: warning: rollout {iteration}: {words}", file=sys.stderr)
+    return state["warnings"] | {k: f"rollout {iteration}: {v}" for k, v in new.items()}
+
+
 @torch.no_grad()
 def follow(ref: Llama, policy: Llama, rate: float) -> None:
     """Move the reference towards the policy: ref <- (1 - rate) ref + rate policy."""
     for r, p in zip(ref.parameters(), policy.parameters(), strict=True):
         r.lerp_(p, rate)
+
+
+def load_learner(config: PPOConfig) -> Learner:
+    """Policy, reference and critic, with their optimisers."""
+    policy, ref = load_model(config.model), load_model(config.ref).requires_grad_(False)
+    critic = None
+    if config.advantage == "gae":
+        value_model = ValueHead(policy.config.hidden_size) if config.shared_critic else load_scalar(config.rm)
+        weight = config.value_coef if config.shared_critic else 1.0
+        critic = Critic(value_model, adamw(value_model, config.critic_lr, 0.0, eps=1e-5), weight)
+    return Learner(policy, adamw(policy, config.lr, 0.0, eps=1e-5), ref, critic)
+
+
+def parts_of(learner: Learner, config: PPOConfig) -> dict[str, Part]:
+    """What a save has to hold; the reference only where it moves."""
+    parts = {"policy": Part(learner.policy, learner.optimiser)}
+    if critic := learner.critic:
+        parts["critic"] = Part(critic.model, critic.optimiser)
+    return parts | ({"ref": Part(learner.ref)} if config.ref_rate else {})
 
 
 def main(config: PPOConfig) -> None:
@@ -83,36 +115,37 @@ def main(config: PPOConfig) -> None:
     setup_torch(config)
     inputs = {"prompts": config.prompts, "model": config.model, "ref": config.ref, "rm": config.rm}
     stage = Stage(config, inputs, config.out, config.overwrite)
-    tokenizer = load_tokenizer(config.model)
-    policy, ref, rm = load_model(config.model), load_model(config.ref), load_scalar(config.rm)
-    ref.requires_grad_(False)
-    critic = None
-    if config.advantage == "gae":
-        value_model = ValueHead(policy.config.hidden_size) if config.shared_critic else load_scalar(config.rm)
-        weight = config.value_coef if config.shared_critic else 1.0
-        critic = Critic(value_model, adamw(value_model, config.critic_lr, 0.0, eps=1e-5), weight)
-    learner = Learner(policy, adamw(policy, config.lr, 0.0, eps=1e-5), ref, critic)
+    tokenizer, learner, rm = load_tokenizer(config.model), load_learner(config), load_scalar(config.rm)
+    policy, ref, critic = learner.policy, learner.ref, learner.critic.model if learner.critic else None
     rows = read_rows(config.prompts)[: config.limit or None]
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
-    print(f"{stage.out.name}: prompts {counts}")
-    batches = prompt_batches([p.prompt for p in pairs], config)
+    print(f"{stage.name}: prompts {counts}")
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
-    kl_coef, kept = config.kl_coef, milestones(config.iterations, config.keep)
+    kept = milestones(config.iterations, config.keep)
+    saves = Saves(stage, config, parts_of(learner, config))
+    start = {"kl_coef": config.kl_coef, "first": {}, "last": {}, "warnings": {}}
+    done, state = saves.restore(start)  # what one iteration leaves to the next, besides weights
 
-    bar = progress(range(config.iterations), stage.out.name)
-    for iteration in bar:
-        # 1. rollout and scores (with the self-check that sampling and scoring agree)
-        draw = generator(config.seed, "rollout", iteration)
-        values = critic.model if critic else None
-        rollout = roll_out(policy, ref, rm, values, next(batches), sampling, draw, config.microbatch)
-        score = rollout.scores - config.missing_eos_penalty * ~rollout.finished
-        if config.clip_score:
-            score = score.clamp(-config.clip_score, config.clip_score)
-        # 2. rewards (KL to the reference per token, the score at the last one) and advantages
-        found = advantages_of(rollout, score, kl_coef, config)
-        metrics = rollout_metrics(rollout, found) | {"kl_coef": kl_coef}
-        # 3. updates
-        metrics |= update(learner, Update(rollout, found.whitened, found.returns, kl_coef), iteration, config)
+    bar = progress(range(done, config.iterations), stage.name, done)
+    batches = itertools.islice(prompt_batches(pairs, config), done, None)
+    for iteration, batch in zip(bar, batches, strict=False):
+        kl_coef, untouched = state["kl_coef"], True
+        try:
+            # 1. rollout and scores (with the self-check that sampling and scoring agree)
+            draw, prompts = generator(config.seed, "rollout", iteration), [p.prompt for p in batch]
+            rollout = roll_out(policy, ref, rm, critic, prompts, sampling, draw, config.microbatch)
+            score = rollout.scores - config.missing_eos_penalty * ~rollout.finished
+            if config.clip_score:
+                score = score.clamp(-config.clip_score, config.clip_score)
+            # 2. rewards (KL to the reference per token, the score at the last one) and advantages
+            found = advantages_of(rollout, score, kl_coef, config)
+            metrics = rollout_metrics(rollout, found) | {"kl_coef": kl_coef}
+            # 3. updates
+            untouched = False
+            metrics |= update(learner, Update(rollout, found.whitened, found.returns, kl_coef), iteration, config)
+        except NotFinite as e:
+            ids = [{"id": p.row.id, "prompt": p.prompt} for p in batch]
+            raise failure(stage, iteration, e, ids, saves.before(iteration, state) if untouched else None) from None
         # 4. the price of KL, and the reference, for the next rollout
         kl_coef = ppo.next_kl_coef(kl_coef, metrics["kl_k1"], config.kl_target, config.kl_horizon, config.batch)
         if config.ref_rate:
@@ -120,14 +153,18 @@ def main(config: PPOConfig) -> None:
         stage.log(iteration, metrics)
         if iteration + 1 in kept:
             save_model(stage.out / kept[iteration + 1], policy)
+        state = {"kl_coef": kl_coef, "first": state["first"] or metrics, "last": metrics, "warnings": state["warnings"]}
+        state["warnings"] = warn(stage, iteration, state)
+        saves.behind(iteration + 1, state, last=iteration + 1 == config.iterations)
         shown = ("score", "kl_exact", "length", "eos_rate", "entropy")
         bar.set_postfix({name: f"{metrics[name]:.2f}" for name in shown}, refresh=False)
 
-    reached = f"score {metrics['score']:.3f}, exact KL to the reference {metrics['kl_exact']:.2f} nats a response"
-    print(f"{stage.out.name}: {reached}")
+    last = state["last"]
+    reached = f"score {last['score']:.3f}, exact KL to the reference {last['kl_exact']:.2f} nats a response"
+    print(f"{stage.name}: {reached}")
     save_model(stage.out, policy)
     tokenizer.save(stage.out)
-    stage.finish(iterations=config.iterations, last=metrics, prompts=counts)
+    stage.finish(iterations=config.iterations, last=last, prompts=counts, warnings=state["warnings"])
 
 
 if __name__ == "__main__":

@@ -93,16 +93,16 @@ def main(config: RMConfig) -> None:
     if config.use_margin and any(p.row.margin is None for p in splits["train"]):
         raise InputError(f"{config.data}/train.jsonl: not every row has a margin, which --use_margin needs")
 
-    def loss_sums(pairs: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(pairs: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = score_pairs(rm, pairs)
         margin = torch.tensor([p.row.margin for p in pairs]) if config.use_margin else 0.0
         losses = bradley_terry(chosen, rejected, margin, config.label_smoothing)
         if config.centring:
             losses = losses + config.centring * centring(chosen, rejected)
-        return losses.sum(), {"accuracy": (chosen > rejected).float().sum()}
+        return losses, {"accuracy": (chosen > rejected).float()}
 
     batches = batches_of(splits["train"], config.batch, config.epochs, config.seed)
-    last = train(rm, batches, loss_sums, lambda pair: 1.0, config, stage)
+    last = train(rm, batches, losses_of, lambda pair: 1.0, config, stage)
     mean, std = normalise(rm, splits["train"], config.microbatch)
     chosen, rejected = score_all(rm, splits["test"], config.microbatch)
     results = held_out(chosen - rejected, std, config.seed)

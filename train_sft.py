@@ -78,15 +78,15 @@ def main(config: SFTConfig) -> None:
         splits[split], counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
         print(f"sft: {split} rows {counts}")
 
-    def loss_sums(pairs: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses_of(pairs: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         batch = make_batch([sequence(p, config.loss_on) for p in pairs])
-        return -response_logprobs(model, batch).logp.sum(), {}
+        return -response_logprobs(model, batch).logp.sum(1), {}
 
     def tokens(pair: Pair) -> float:
         return len(sequence(pair, config.loss_on)[1])
 
     batches = batches_of(splits["train"], config.batch, config.epochs, config.seed)
-    last = train(model, batches, loss_sums, tokens, config, stage)
+    last = train(model, batches, losses_of, tokens, config, stage)
     loss = held_out_loss(model, splits["test"], config.batch)
     print(f"sft: held-out loss {loss:.3f} nats per response token")
     save_model(stage.out, model)

@@ -5,31 +5,61 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpo.errors import InputError
+from safetensors import SafetensorError
 
+from mpo.errors import InputError, RunError
+
+NOT_HASHED = {"manifest.json", "metrics.jsonl"}
+SAVES = "saves"  # the folder of an unfinished stage's saves (saves.py)
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write so that a reader sees the old file or the new one, never a part: it becomes `path` at the end.
+
+    Errors: RunError where it cannot be written; then `path` is as it was.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        sync(partial)
+        partial.replace(path)
+        sync(path.parent)  # the name, too, is on the disk
+    except (OSError, SafetensorError) as e:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = (isinstance(e, OSError) and e.strerror) or e
+        raise RunError(f"{path}: cannot be written ({reason}); nothing was overwritten") from None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    with whole(path) as partial:
+        partial.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,8 +68,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON with a final newline, whole or not at all; NaN is refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write indented JSON with a final newline, whole or not at all; NaN is refused (RunError)."""
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise RunError(f"{path}: not written, since one of its numbers is not finite") from None
+    write_text(path, text + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -67,9 +101,9 @@ def hash_tree(path: Path) -> dict[str, str]:
     """SHA-256 of a file, or of every file in a folder but logs and the manifest itself."""
     if path.is_file():
         return {path.name: sha256(path)}
-    skip = {"manifest.json", "metrics.jsonl"}
-    files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in skip)
-    return {str(p.relative_to(path)): sha256(p) for p in files}
+    files = (p for p in path.rglob("*") if p.is_file() and p.name not in NOT_HASHED)
+    names = sorted((p.relative_to(path), p) for p in files)
+    return {str(name): sha256(p) for name, p in names if name.parts[0] != SAVES and not p.name.endswith(".partial")}
 
 
 def peak_memory_mb() -> float:
@@ -84,31 +118,64 @@ class Stage:
     def __init__(self, config: Any, inputs: Mapping[str, str], out: str, overwrite: bool):
         """Open the folder. `inputs` names the files and folders this stage reads.
 
-        Errors: InputError when an input is missing, or when `out` holds a finished stage and
-        `overwrite` is false.
+        Errors: InputError when an input is missing, or is not what its manifest says, or when `out` holds a
+        finished stage and `overwrite` is false.
         """
-        self.out = Path(out)
+        self.out, self.name = Path(out), Path(out).name
         self.manifest = self.out / "manifest.json"
         for name, path in inputs.items():
             if not Path(path).exists():
                 raise InputError(f"--{name} {path}: no such file or folder; has the stage that writes it run?")
         if self.manifest.exists() and not overwrite:
             raise InputError(f"--out {out}: holds a finished stage; name another folder or pass --overwrite true")
-        if self.out.is_symlink():
-            self.out.unlink()  # shared with another run (make FROM=...): never written through
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.manifest.unlink(missing_ok=True)  # from here on the folder is unfinished
-        (self.out / "metrics.jsonl").unlink(missing_ok=True)
-        for kept in self.out.glob("step-*"):  # models kept on the way by an earlier run
-            shutil.rmtree(kept)
-        self.config, self.inputs, self.started = config, dict(inputs), time.time()
+        self.config, self.inputs = config, dict(inputs)
+        self.started, self.earlier = time.time(), 0.0  # earlier: seconds that an interrupted try had taken
         self.input_hashes = {name: hash_tree(Path(path)) for name, path in inputs.items()}
-        write_json(self.out / "stage.json", asdict(config))  # config.json is the model's own
+        for name, path in inputs.items():
+            check_manifest(Path(path), self.input_hashes[name])
+        self._open()
+
+    def _open(self) -> None:
+        """Make the folder unfinished, with nothing in it of a run that was finished."""
+        try:
+            if self.out.is_symlink():
+                self.out.unlink()  # shared with another run (make FROM=...): never written through
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.manifest.unlink(missing_ok=True)
+            for partial in self.out.rglob(".*.partial"):  # of a write that was killed
+                partial.unlink()
+            if not (self.out / SAVES).is_dir():
+                self.forget(0)
+        except OSError as e:
+            raise RunError(f"--out {self.out}: cannot be written ({e.strerror})") from None
+        write_json(self.out / "stage.json", asdict(self.config))  # config.json is the model's own
+
+    def forget(self, step: int) -> None:
+        """Drop the metrics and the models kept on the way that do not come from the first `step` steps."""
+        metrics = self.out / "metrics.jsonl"
+        lines = metrics.read_bytes().splitlines(keepends=True)[:step] if metrics.exists() else []
+        if lines:
+            write_bytes(metrics, b"".join(lines))
+        else:
+            metrics.unlink(missing_ok=True)
+        for kept in self.out.glob("step-*"):
+            if int(kept.name[5:]) > step:
+                shutil.rmtree(kept)
+
+    @property
+    def seconds(self) -> float:
+        """How long the stage has taken, with what interrupted tries had done of it."""
+        return self.earlier + time.time() - self.started
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step to metrics.jsonl."""
-        with (self.out / "metrics.jsonl").open("a") as f:
-            f.write(json.dumps({"step": step, **{k: round(float(v), 6) for k, v in metrics.items()}}) + "\n")
+        rounded = {k: round(float(v), 6) if math.isfinite(v) else None for k, v in metrics.items()}
+        line = json.dumps({"step": step, **rounded}) + "\n"
+        try:
+            with (self.out / "metrics.jsonl").open("a") as f:
+                f.write(line)
+        except OSError as e:
+            raise RunError(f"{self.out / 'metrics.jsonl'}: cannot be written ({e.strerror})") from None
 
     def finish(self, **results: Any) -> None:
         """Write the manifest, and with it declare the stage finished."""
@@ -120,9 +187,34 @@ class Stage:
                 "inputs": {n: {"path": p, "sha256": self.input_hashes[n]} for n, p in self.inputs.items()},
                 "outputs": hash_tree(self.out),
                 "results": results,
-                "seconds": round(time.time() - self.started, 1),
+                "seconds": round(self.seconds, 1),
                 "peak_memory_mb": peak_memory_mb(),
                 "python": platform.python_version(),
                 "packages": {p: importlib.metadata.version(p) for p in PACKAGES},
             },
+        )
+        shutil.rmtree(self.out / SAVES, ignore_errors=True)
+
+
+def check_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Refuse a stage's folder whose files are not those of its manifest; a folder without one is taken as it is.
+
+    Errors: InputError naming the first file that differs.
+    """
+    manifest = (folder if folder.is_dir() else folder.parent) / "manifest.json"
+    if not manifest.is_file():
+        return
+    content = read_json(manifest)
+    outputs = content.get("outputs") if isinstance(content, dict) else None
+    if not isinstance(outputs, dict):
+        raise InputError(f"{manifest}: not a stage's manifest; delete {manifest.parent} and run its stage again")
+    for name, digest in hashes.items():
+        if name in outputs and outputs[name] != digest:
+            raise InputError(
+                f"{manifest.parent / name}: changed since its stage finished (manifest.json has another hash); "
+                f"delete {manifest.parent} and run its stage again"
+            )
+    if folder.is_dir() and (gone := sorted(outputs.keys() - hashes.keys())):
+        raise InputError(
+            f"{folder / gone[0]}: is gone since its stage finished; delete {folder} and run its stage again"
         )

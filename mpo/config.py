@@ -10,7 +10,6 @@ import argparse
 import difflib
 import inspect
 import re
-import signal
 import sys
 import typing
 from collections.abc import Callable
@@ -18,10 +17,11 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from mpo.errors import InputError
+from mpo import interrupts
+from mpo.errors import InputError, Interrupted, RunError
 
 C = TypeVar("C")
-SIZES = {"batch", "minibatch", "microbatch", "max_prompt", "max_response", "max_new", "iterations", "group"}
+SIZES = {"batch", "minibatch", "microbatch", "max_prompt", "max_response", "max_new", "iterations", "group", "saves"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,8 @@ class Training(Limits):
     grad_clip: float = 1.0  # largest norm of the gradient
     batch: int = 32  # rows of one optimiser step
     microbatch: int = 32  # rows that fit in memory at once; must divide batch
+    save_every: float = 60.0  # seconds between saves, from which an interrupted stage goes on; 0: behind every step
+    saves: int = 2  # so many of the last saves are kept until the stage is finished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,17 +270,23 @@ def run(main: Callable[[Any], None], cls: type[C]) -> None:
 
 
 def run_plain(main: Callable[[list[str]], None]) -> None:
-    """Run a program on its arguments: bad input ends in one line and exit status 2, Ctrl-C in 130."""
+    """Run a program on its arguments; whatever ends it early is one line and an exit status (errors.py)."""
     program = Path(sys.argv[0]).name
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    interrupts.install()
     try:
         main(sys.argv[1:])
     except InputError as e:
         print(f"{program}: error: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted; run the same command again", file=sys.stderr)
-        sys.exit(130)
+    except RunError as e:
+        print(f"{program}: stopped: {e}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as e:
+        print(f"{program}: stopped: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
+        sys.exit(1)
+    except Interrupted as e:
+        print(f"\n{program}: {e}", file=sys.stderr)
+        sys.exit(e.status)
 
 
 def exact_div(whole: int, part: int, names: str) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from mpo import ppo
 from mpo.config import PPOConfig
 from mpo.data.batches import Batch
+from mpo.guards import require_finite
 from mpo.logprobs import compare, response_hidden, response_logprobs
 from mpo.model import Llama, ScalarModel, ValueHead
 from mpo.randomness import generator
@@ -94,6 +95,7 @@ def accumulate(
         value_losses = value_terms(critic, data, index, batch, hidden, config)
         metrics["value_loss"] = value_losses.detach()
         total = total + critic.weight * value_losses
+    require_finite("the loss", total, index.tolist())
     weights = weights[:, : total.shape[1]]
     (total * weights).sum().backward()
     return {name: float((value * weights).sum()) for name, value in metrics.items()}

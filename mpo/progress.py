@@ -9,8 +9,9 @@ from typing import Any
 from tqdm import tqdm
 
 
-def progress(items: Sequence[Any], name: str, leave: bool = True) -> Any:
-    """A tqdm bar over `items`; `leave=False` for side work: no bar if short, none left behind."""
+def progress(items: Sequence[Any], name: str, done: int = 0, leave: bool = True) -> Any:
+    """A tqdm bar over `items`, with `done` before them; `leave=False`: side work, no bar if short, none left behind."""
     seconds = 1.0 if sys.stderr.isatty() else 30.0
     hidden = not leave and len(items) < 20
-    return tqdm(items, desc=name, mininterval=seconds, leave=leave, disable=hidden)
+    total = done + len(items)
+    return tqdm(items, name, total, initial=done, mininterval=seconds, leave=leave, disable=hidden)

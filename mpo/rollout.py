@@ -13,6 +13,7 @@ from kernels import Advantages
 from mpo import ppo
 from mpo.data.batches import Batch, make_batch
 from mpo.errors import InputError
+from mpo.guards import require_finite
 from mpo.logprobs import Comparison, compare, response_hidden
 from mpo.model import Llama, ScalarModel, ValueHead
 from mpo.sampling import Sampling, generate
@@ -57,7 +58,7 @@ def roll_out(
     """Sample with the policy and look at the result with every model, `microbatch` rows at a time.
 
     Errors: InputError when the log-probs of sampling and of scoring differ by more than AGREE:
-    then they are two different distributions and every ratio would be wrong.
+    then they are two different distributions and every ratio would be wrong. NotFinite for NaN and infinities.
     """
     for model in filter(None, (policy, ref, rm, critic)):
         model.eval()
@@ -74,6 +75,8 @@ def roll_out(
         for name in columns.keys() & found.keys():
             columns[name][index, : found[name].shape[1]] = found[name]
         scores[index] = score(rm, part)
+    for name, of_row in (("the reward model's score", scores), *columns.items()):
+        require_finite(name, of_row, range(B))
     values = columns.pop("values")
     tokens = Comparison(**columns, mask=batch.response_mask)
     sampled = torch.cat([torch.tensor(x) for x in samples.logps])

@@ -6,6 +6,7 @@ import ctypes
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,24 @@ from mpo.checkpoint import save_model
 from mpo.config import Common, Training, exact_div
 from mpo.data.batches import Pair, shuffled_batches
 from mpo.errors import InputError
+from mpo.guards import NotFinite, failure, require_finite
 from mpo.model import Llama, ScalarModel
 from mpo.progress import progress
+from mpo.saves import Part, Saves
 
 Metrics = dict[str, Tensor]
-LossSums = Callable[[list[Pair]], tuple[Tensor, Metrics]]
-"""Microbatch -> the sum of its losses, and the sums of its metrics."""
+Losses = Callable[[list[Pair]], tuple[Tensor, Metrics]]
+"""Microbatch of b pairs -> their losses (b,), and metrics (b,) each."""
+
+
+class Memory(Protocol):
+    """What a loss remembers from step to step, besides weights (train_dpo.RunningMean)."""
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
 
 
 def keep_freed_memory() -> None:
@@ -67,11 +80,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float, final: floa
 def optimiser_step(optimiser: torch.optim.Optimizer, model: nn.Module, lr: float, grad_clip: float) -> float:
     """Clip the gradient, take one step at this learning rate, clear; returns the norm before clipping.
 
-    Errors: InputError when the gradient is not finite, before it touches a weight.
+    Errors: NotFinite when the gradient is not finite, before it touches a weight.
     """
     norm = float(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
     if not math.isfinite(norm):
-        raise InputError(f"the gradient is {norm}: no step was taken; lower --lr or look at the last batch")
+        raise NotFinite("the gradient", [])
     for group in optimiser.param_groups:
         group["lr"] = lr
     optimiser.step()
@@ -101,40 +114,67 @@ def milestones(steps: int, keep: int) -> dict[int, str]:
     return {step: f"step-{step}" for step in sorted(at)}
 
 
+def accumulate(
+    batch: list[Pair], losses_of: Losses, units: Callable[[Pair], float], microbatch: int
+) -> dict[str, float]:
+    """Add the gradient of the batch's mean loss, microbatch by microbatch; returns means of loss and metrics.
+
+    Losses and metrics are divided by the number of units (tokens or pairs) of the whole batch, so
+    that 1 x 8 and 8 x 1 microbatches give the same gradient.
+    """
+    total = sum(units(pair) for pair in batch)
+    metrics: dict[str, float] = {}
+    for start in range(0, len(batch), microbatch):
+        losses, more = losses_of(batch[start : start + microbatch])
+        require_finite("the loss", losses, range(start, len(batch)))
+        (losses.sum() / total).backward()
+        for name, values in {"loss": losses.detach(), **more}.items():
+            metrics[name] = metrics.get(name, 0.0) + float(values.sum()) / total
+    return metrics
+
+
 def train(
     model: Llama | ScalarModel,
     batches: Sequence[list[Pair]],
-    loss_sums: LossSums,
+    losses_of: Losses,
     units: Callable[[Pair], float],
     config: Training,
     stage: Stage,
     keep: int = 0,
+    memory: Memory | None = None,
 ) -> dict[str, float]:
-    """Run every batch once; returns the means of the last tenth of the steps.
+    """Run every batch once, from where an interrupted try was; returns the means of the last tenth of the steps.
 
-    Losses and metrics are divided by the number of units (tokens or pairs) of the whole batch, so
-    that 1 x 8 and 8 x 1 microbatches give the same gradient. `keep` models are kept on the way.
+    `units`: by whose number losses are divided (`accumulate`). `keep` models are kept on the way.
+    Errors: RunError, before a weight is touched, where a loss or gradient is not finite.
     """
     exact_div(config.batch, config.microbatch, "--batch and --microbatch")
     optimiser = adamw(model, config.lr, config.weight_decay)
+    saves = Saves(stage, config, {"model": Part(model, optimiser)})
+    done, numbers = saves.restore({"recent": [], "memory": memory.state() if memory else {}})
+    recent: list[dict[str, float]] = numbers["recent"]
+    if memory:
+        memory.restore(numbers["memory"])
     model.train()
     kept = milestones(len(batches), keep)
-    recent: list[dict[str, float]] = []
-    bar = progress(batches, stage.out.name)
-    for step, batch in enumerate(bar):
-        total = sum(units(pair) for pair in batch)
-        metrics: dict[str, float] = {"loss": 0.0}
-        for start in range(0, len(batch), config.microbatch):
-            loss, sums = loss_sums(batch[start : start + config.microbatch])
-            (loss / total).backward()
-            for name, value in {"loss": loss.detach(), **sums}.items():
-                metrics[name] = metrics.get(name, 0.0) + float(value) / total
-        lr = learning_rate(step, len(batches), config.lr, config.warmup, config.final_lr)
-        metrics |= {"grad_norm": optimiser_step(optimiser, model, lr, config.grad_clip), "lr": lr}
+    bar = progress(range(done, len(batches)), stage.name, done)
+    for step in bar:
+        numbers = {"recent": recent, "memory": memory.state() if memory else {}}
+        try:
+            metrics = accumulate(batches[step], losses_of, units, config.microbatch)
+            lr = learning_rate(step, len(batches), config.lr, config.warmup, config.final_lr)
+            metrics |= {"grad_norm": optimiser_step(optimiser, model, lr, config.grad_clip), "lr": lr}
+        except NotFinite as e:
+            rows = [
+                {"id": p.row.id, "prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in batches[step]
+            ]
+            raise failure(stage, step, e, rows, saves.before(step, numbers)) from None
         stage.log(step, metrics)
         if step + 1 in kept:
             save_model(stage.out / kept[step + 1], model)
         recent = [*recent[-max(1, len(batches) // 10) :], metrics]
+        numbers = {"recent": recent, "memory": memory.state() if memory else {}}
+        saves.behind(step + 1, numbers, last=step + 1 == len(batches))
         shown = [name for name in ("loss", "accuracy") if name in metrics]
         bar.set_postfix({name: f"{sum(m[name] for m in recent) / len(recent):.3f}" for name in shown}, refresh=False)
     return {name: sum(m[name] for m in recent) / len(recent) for name in recent[-1]}

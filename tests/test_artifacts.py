@@ -9,7 +9,7 @@ import pytest
 
 from mpo.artifacts import Stage, hash_tree, read_json, write_bytes, write_json
 from mpo.config import DataConfig
-from mpo.errors import InputError
+from mpo.errors import InputError, RunError
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -20,13 +20,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunError, match=r"a.json: cannot be written \(disk full\); nothing was overwritten"):
         write_bytes(path, b"half")
     assert read_json(path) == {"x": 1}
 
 
 def test_nan_is_not_json(tmp_path):
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(RunError, match="not finite"):
         write_json(tmp_path / "a.json", {"x": float("nan")})
     assert not (tmp_path / "a.json").exists()
 

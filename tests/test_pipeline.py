@@ -15,43 +15,11 @@ from mpo.data.batches import encode
 from mpo.data.rows import read_rows
 from mpo.scoring import score_all
 from mpo.tokenizer import load_tokenizer
-from tests.conftest import ROOT, STORIES, needs_stories, run_script
-
-SMALL = ("--batch", 8, "--microbatch", 8, "--threads", 1)
-
-
-def run_pipeline(run: Path, task: str, seed: int = 1) -> None:
-    """What `make hh` does, at the smallest size at which every path is taken."""
-
-    def stage(script: str, name: str, *args: object) -> None:
-        run_script(script, "--out", run / name, "--seed", seed, *args)
-
-    stage("prepare_data.py", "data", "--task", task, "--train", 120, "--test", 24)
-    stage("train_tokenizer.py", "tokenizer", "--data", run / "data", "--vocab", 500)
-    data = ("--data", run / "data")
-    stage("train_sft.py", "sft", *data, "--tokenizer", run / "tokenizer", "--epochs", 0.5, *SMALL)
-    stage("train_rm.py", "rm", *data, "--model", run / "sft", "--epochs", 0.5, *SMALL)
-    stage("split_data.py", "split", *data, "--rm", run / "rm", "--threads", 1)
-    pairs, prompts = run / "split" / "pairs.jsonl", run / "split" / "prompts.jsonl"
-    stage("train_dpo.py", "dpo", "--data", pairs, "--model", run / "sft", *SMALL)
-    models = ("--model", run / "dpo", "--ref", run / "dpo", "--rm", run / "rm")
-    sizes = ("--iterations", 2, "--batch", 8, "--minibatch", 4, "--microbatch", 2, "--max_new", 10, "--threads", 1)
-    stage("train_ppo.py", "mpo", "--prompts", prompts, *models, *sizes)
-    policies = ",".join(f"{p}={run / p}" for p in ("sft", "dpo", "mpo"))
-    sampling = ("--prompts", 8, "--max_new", 12, "--threads", 1)
-    split = ("--split", run / "split")
-    stage("eval.py", "eval", *data, "--rm", run / "rm", *split, "--policies", policies, *sampling)
+from tests.conftest import ROOT, SMALL, STORIES, needs_stories, run_pipeline, run_script
 
 
 def weights(run: Path) -> dict[str, str]:
     return {s: sha256(run / s / "model.safetensors") for s in ("sft", "rm", "dpo", "mpo")}
-
-
-@pytest.fixture(scope="module")
-def hh_run(tmp_path_factory):
-    run = tmp_path_factory.mktemp("hh")
-    run_pipeline(run, "hh")
-    return run
 
 
 def test_every_artefact_is_there_and_says_where_it_comes_from(hh_run):

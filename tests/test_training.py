@@ -12,6 +12,7 @@ from mpo.artifacts import Stage
 from mpo.config import SFTConfig
 from mpo.data.batches import encode, make_batch
 from mpo.errors import InputError
+from mpo.guards import NotFinite
 from mpo.logprobs import response_logprobs
 from mpo.training import batches_of, learning_rate, optimiser_step, train
 from mpo.world.build import build
@@ -23,12 +24,12 @@ def trained(tokenizer, tmp_path, microbatch):
     model = small_model(vocab_size=tokenizer.size)
     pairs, _ = encode(build("hh", 1, 40, 4)["train"], tokenizer, 300, 300)
 
-    def loss_sums(part):
+    def losses_of(part):
         batch = make_batch([(p.prompt, p.chosen) for p in part])
-        return -response_logprobs(model, batch).logp.sum(), {}
+        return -response_logprobs(model, batch).logp.sum(1), {}
 
     stage = Stage(config, {}, config.out, False)
-    train(model, batches_of(pairs, 8, 1.0, 1), loss_sums, lambda p: len(p.chosen), config, stage)
+    train(model, batches_of(pairs, 8, 1.0, 1), losses_of, lambda p: len(p.chosen), config, stage)
     return model, [json.loads(line) for line in (stage.out / "metrics.jsonl").open()]
 
 
@@ -61,7 +62,7 @@ def test_a_gradient_that_is_not_finite_touches_no_weight():
     before = model.weight.clone()
     optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
     (model(torch.ones(1, 2)) * math.nan).sum().backward()
-    with pytest.raises(InputError, match="the gradient is nan"):
+    with pytest.raises(NotFinite, match="the gradient"):
         optimiser_step(optimiser, model, 1.0, 1.0)
     assert torch.equal(model.weight, before)
 

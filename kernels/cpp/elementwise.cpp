@@ -64,11 +64,12 @@ extern "C" void rms_norm(const float* x, const float* weight, int64_t N, int64_t
 // With r = 1 / rms: dx = r (w dy - x r^2 mean(w dy x)), dw = sum over rows of dy x r. d_weight comes as zeros.
 extern "C" void rms_norm_backward(const float* x, const float* weight, const float* inverse, const float* d_out, int64_t N,
                                   int64_t D, int64_t threads, float* dx, float* d_weight) {
-#pragma omp parallel num_threads(threads) if (N * D > GRAIN)
-    {
-        std::vector<float> mine(D, 0.0f);
-#pragma omp for
-        for (int64_t n = 0; n < N; n++) {
+    const int64_t blocks = std::min<int64_t>(N, 64);  // of rows; their sums are added in order, whoever made them
+    std::vector<float> sums(blocks * D, 0.0f);
+#pragma omp parallel for num_threads(threads) if (N * D > GRAIN)
+    for (int64_t block = 0; block < blocks; block++) {
+        float* mine = sums.data() + block * D;
+        for (int64_t n = block * N / blocks; n < (block + 1) * N / blocks; n++) {
             const float *row = x + n * D, *dy = d_out + n * D, r = inverse[n];
             const float pull = dot3(row, dy, weight, D) * r * r / D;
             for (int64_t i = 0; i < D; i++) {
@@ -76,8 +77,9 @@ extern "C" void rms_norm_backward(const float* x, const float* weight, const flo
                 mine[i] += dy[i] * row[i] * r;
             }
         }
-#pragma omp critical
-        for (int64_t i = 0; i < D; i++) d_weight[i] += mine[i];
+    }
+    for (int64_t block = 0; block < blocks; block++) {
+        for (int64_t i = 0; i < D; i++) d_weight[i] += sums[block * D + i];
     }
 }
 

@@ -64,31 +64,37 @@ struct Side {  // one model
     }
 };
 
-struct Chunks {  // how V columns are shared out: `count` chunks of `size` columns, whole panels
-    int64_t size, count;
+// How V columns are shared out: `count` chunks of `size` columns, whole panels, in `sections` of neighbouring chunks. Who
+// does a section when is chance; what is done within it, and that sections are merged in their order, is not.
+struct Chunks {
+    int64_t size, count, sections;
 
     Chunks(int64_t V, int64_t D, int threads) {
         const int64_t cached = CHUNK_BYTES / (4 * std::max<int64_t>(D, 1)) / PANEL * PANEL;
         const int64_t fair = (V / (4 * threads) + PANEL) / PANEL * PANEL;  // four chunks a thread or more
         size = std::max<int64_t>(PANEL, std::min(cached, fair));
         count = (V + size - 1) / size;
+        sections = std::min<int64_t>(count, 8 * threads);
+    }
+
+    static Chunks of(const Side& side, int threads) { return {side.weight.rows, side.words(), threads}; }
+    static Chunks of(const Side (&sides)[2], int threads) {
+        return {sides[0].weight.rows, sides[0].words() + sides[1].words(), threads};
     }
 };
 
 // Show `start.tile` every tile of the logits, of one model or of two. A chunk's tiles of the same rows come one
-// after the other, between `begin` and `end`. Each thread has its own copy of `start`, which `join` ends.
+// after the other, between `begin` and `end`; before a section's first, `section` tells its number. Each thread has
+// its own copy of `start`.
 template <bool REF, class Work>
-static void over_tiles(const Side* sides, int threads, const Work& start) {
+static void over_tiles(const Side* sides, const Chunks& chunks, int threads, const Work& start) {
     const int64_t N = sides[0].hidden.rows, V = sides[0].weight.rows, D = sides[0].words();
     const int64_t RD = REF ? sides[1].words() : 0;
-    const Chunks chunks(V, D + RD, threads);
 #pragma omp parallel num_threads(threads)
     {
         Work work = start;
         const Buffer part = buffer(chunks.size * D), ref_part = buffer(chunks.size * RD);
-#pragma omp for schedule(dynamic)
-        for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
-            const int64_t first = chunk * chunks.size, last = std::min(first + chunks.size, V);
+        const auto over_rows = [&](int64_t first, int64_t last) {
             const float* weight = sides[0].columns(first, last, part.get());
             const float* ref_weight = REF ? sides[1].columns(first, last, ref_part.get()) : nullptr;
             for (int64_t row = 0; row < N; row += ROWS) {
@@ -102,8 +108,14 @@ static void over_tiles(const Side* sides, int threads, const Work& start) {
                 }
                 work.end(row, count);
             }
+        };
+#pragma omp for schedule(dynamic)
+        for (int64_t section = 0; section < chunks.sections; section++) {
+            work.section(section);
+            const int64_t until = (section + 1) * chunks.count / chunks.sections;
+            for (int64_t chunk = section * chunks.count / chunks.sections; chunk < until; chunk++) {
+                over_rows(chunk * chunks.size, std::min((chunk + 1) * chunks.size, V));
+            }
         }
-#pragma omp critical
-        work.join();
     }
 }

@@ -1,6 +1,6 @@
 // Log-probs, entropy, exact KL, and their gradients in the logits. See ../reference.py for what each means,
 // ../cpu/head.py for who calls it. Each of the LANES vector lanes keeps an online softmax of its own (Milakov &
-// Gimelshein, 1805.02867); lanes, chunks and threads are merged at the end.
+// Gimelshein, 1805.02867); lanes, chunks and sections are merged in order.
 
 #include <vector>
 
@@ -82,11 +82,13 @@ static State<float> over_lanes(const State<Vec>& v) {
 
 template <bool REF>
 struct Softmax {
-    const int64_t* targets;
-    std::vector<State<float>>& rows;  // of all threads
-    float *picked, *ref_picked;       // the targets' logits
-    std::vector<State<float>> mine{rows.size(), nothing(0.0f)};
+    const int64_t *targets, N;
+    State<float>* all;           // (sections, N)
+    float *picked, *ref_picked;  // the targets' logits
+    State<float>* mine = all;    // (N,), the section's
     State<Vec> lanes[ROWS];
+
+    void section(int64_t number) { mine = all + number * N; }
 
     void begin() {
         for (auto& state : lanes) state = nothing(Vec{});
@@ -109,17 +111,27 @@ struct Softmax {
         for (int i = 0; i < count; i++) merge<REF>(mine[row + i], over_lanes<REF>(lanes[i]));
     }
 
-    void join() {
-        for (size_t n = 0; n < rows.size(); n++) merge<REF>(rows[n], mine[n]);
-    }
 };
+
+// The whole pass: every row's state, and the targets' logits.
+template <bool REF>
+static std::vector<State<float>> softmax(const Side* sides, const Chunks& chunks, int threads, const int64_t* targets,
+                                         float* picked, float* ref_picked) {
+    const int64_t N = sides[0].hidden.rows;
+    std::vector<State<float>> all(chunks.sections * N, nothing(0.0f));
+    over_tiles<REF>(sides, chunks, threads, Softmax<REF>{targets, N, all.data(), picked, ref_picked});
+    for (int64_t section = 1; section < chunks.sections; section++) {
+        for (int64_t n = 0; n < N; n++) merge<REF>(all[n], all[section * N + n]);
+    }
+    all.resize(N, nothing(0.0f));  // where V = 0 there was no section
+    return all;
+}
 
 extern "C" void token_logprobs(const void* hidden, const void* weight, const int64_t* targets, int64_t N, int64_t D,
                                int64_t V, int64_t bf16, float temperature, int64_t threads, float* logp, float* entropy,
                                float* lse) {
     const Side side(hidden, weight, N, D, V, bf16, temperature, threads);
-    std::vector<State<float>> rows(N, nothing(0.0f));
-    over_tiles<false>(&side, threads, Softmax<false>{targets, rows, logp, nullptr});
+    const auto rows = softmax<false>(&side, Chunks::of(side, threads), threads, targets, logp, nullptr);
     for (int64_t n = 0; n < N; n++) {
         const float log_s = std::log(rows[n].s);
         logp[n] = logp[n] - rows[n].m - log_s;  // in this order: m may be large
@@ -134,8 +146,7 @@ extern "C" void policy_reference(const void* hidden, const void* weight, const v
                                  float* entropy, float* lse, float* ref_lse) {
     const Side sides[2] = {{hidden, weight, N, D, V, bool(bf16), temperature, int(threads)},
                            {ref_hidden, ref_weight, N, RD, V, bool(bf16), temperature, int(threads)}};
-    std::vector<State<float>> rows(N, nothing(0.0f));
-    over_tiles<true>(sides, threads, Softmax<true>{targets, rows, logp, ref_logp});
+    const auto rows = softmax<true>(sides, Chunks::of(sides, threads), threads, targets, logp, ref_logp);
     for (int64_t n = 0; n < N; n++) {
         const State<float>& row = rows[n];
         const float log_s = std::log(row.s), ref_log_s = std::log(row.rs);
@@ -160,6 +171,7 @@ struct Gradient {
     float* out;
     int64_t V;
 
+    void section(int64_t) {}
     void begin() {}
 
     inline __attribute__((always_inline)) void tile(int64_t row, int count, int64_t column, const Tile& z, const Tile& r) {
@@ -177,7 +189,6 @@ struct Gradient {
     }
 
     void end(int64_t, int) {}
-    void join() {}
 };
 
 extern "C" void gradient_in_logits(const void* hidden, const void* weight, const void* ref_hidden, const void* ref_weight,
@@ -186,6 +197,8 @@ extern "C" void gradient_in_logits(const void* hidden, const void* weight, const
                                    const float* of_log, float* out) {
     const Side sides[2] = {{hidden, weight, N, D, V, bool(bf16), temperature, int(threads)},
                            {ref_hidden, ref_weight, ref_hidden ? N : 0, RD, V, bool(bf16), temperature, int(threads)}};
-    if (ref_hidden) over_tiles<true>(sides, threads, Gradient<true>{lse, ref_lse, of_p, of_log, temperature, out, V});
-    else over_tiles<false>(sides, threads, Gradient<false>{lse, ref_lse, of_p, of_log, temperature, out, V});
+    const Gradient<false> alone{lse, ref_lse, of_p, of_log, temperature, out, V};
+    const Gradient<true> compared{lse, ref_lse, of_p, of_log, temperature, out, V};
+    if (ref_hidden) over_tiles<true>(sides, Chunks::of(sides, threads), threads, compared);
+    else over_tiles<false>(sides, Chunks::of(sides[0], threads), threads, alone);
 }

@@ -6,6 +6,7 @@ struct Panels {  // of each row and panel: the maximum m and the sum of e^(z - m
     int64_t count;
     float *maxima, *sums;
 
+    void section(int64_t) {}
     void begin() {}
 
     inline __attribute__((always_inline)) void tile(int64_t row, int rows, int64_t column, const Tile& z, const Tile&) {
@@ -18,7 +19,6 @@ struct Panels {  // of each row and panel: the maximum m and the sum of e^(z - m
     }
 
     void end(int64_t, int) {}
-    void join() {}
 };
 
 struct Drawn {
@@ -64,7 +64,7 @@ extern "C" void sample_tokens(const void* hidden, const void* weight, const floa
     const int64_t count = (V + PANEL - 1) / PANEL;
     const Buffer maxima = buffer(N * count), sums = buffer(N * count);
     const Panels panels{count, maxima.get(), sums.get()};
-    over_tiles<false>(&side, threads, panels);
+    over_tiles<false>(&side, Chunks::of(side, threads), threads, panels);
 #pragma omp parallel for num_threads(threads)
     for (int64_t n = 0; n < N; n++) {
         const Drawn drawn = draw(side, n, panels, uniform[n]);

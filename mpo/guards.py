@@ -1,0 +1,73 @@
+"""What stops a stage before it ruins its weights, and what it warns of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpo.artifacts import Stage, write_json
+from mpo.errors import RunError
+
+
+class NotFinite(Exception):
+    """A number that is NaN or infinite, and the rows of the batch that it came from."""
+
+    def __init__(self, what: str, rows: Sequence[int]):
+        super().__init__(what)
+        self.what, self.rows = what, list(rows)
+
+
+def require_finite(what: str, values: Tensor, rows: Sequence[int]) -> None:
+    """Each row of `values` (b, ...) must be finite. Errors: NotFinite, with the bad ones among `rows`, their names."""
+    good = torch.isfinite(values.detach()).reshape(len(values), -1).all(1)
+    if not bool(good.all()):
+        raise NotFinite(what, [rows[i] for i in (~good).nonzero().flatten().tolist()])
+
+
+def failure(
+    stage: Stage, step: int, error: NotFinite, rows: Sequence[Mapping[str, Any]], save: Path | None
+) -> RunError:
+    """Write failure.json (the step, what was wrong, the rows as they were computed) and say so in one line.
+
+    `rows`: {"id", token ids, ...} of the batch; `save`: the weights before the step, from which the same command
+    makes it again.
+    """
+    blamed = [rows[i]["id"] for i in error.rows]
+    about = {"step": step, "what": error.what, "rows_to_blame": blamed, "save": str(save or ""), "batch": list(rows)}
+    write_json(stage.out / "failure.json", about)
+    shown = ", ".join(map(str, blamed[:3])) + (f" and {len(blamed) - 3} more" if len(blamed) > 3 else "")
+    again = f"; {save} has the weights before it, so that the same command shows it again" if save else ""
+    return RunError(
+        f"{stage.name}: step {step}: {error.what} is not finite (rows {shown}); no step was taken. "
+        f"{stage.out / 'failure.json'} has the batch{again}. Lower --lr, or look at these rows"
+    )
+
+
+def collapses(now: Mapping[str, float], first: Mapping[str, float]) -> dict[str, str]:
+    """Signs that PPO is running away, by name, each with its usual cause; `first`: the metrics of the first rollout."""
+    found = {}
+    if now["kl_exact"] > 10 + first["kl_exact"]:
+        found["kl"] = (
+            f"{now['kl_exact']:.1f} nats a response from the reference: the policy is exploiting the reward model; "
+            "raise --kl_coef, lower --lr, or take fewer --iterations"
+        )
+    if now["eos_rate"] < 0.5 * first["eos_rate"]:
+        found["eos_rate"] = (
+            f"{now['eos_rate']:.0%} of the responses end, {first['eos_rate']:.0%} did at first: unfinished ones score "
+            "too well; raise --missing_eos_penalty or --max_new"
+        )
+    if now["length"] < first["length"] / 3 or now["length"] > 3 * first["length"]:
+        found["length"] = (
+            f"{now['length']:.0f} tokens a response, {first['length']:.0f} at first: the reward model likes the length "
+            "itself (score_length_correlation); raise --kl_coef or look at the reward model's training pairs"
+        )
+    if now["entropy"] < 0.1 * first["entropy"]:
+        found["entropy"] = (
+            f"entropy {now['entropy']:.2f} nats a token, {first['entropy']:.2f} at first: the policy says the same "
+            "thing again and again; lower --lr or --epochs"
+        )
+    return found
