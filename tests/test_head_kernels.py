@@ -186,3 +186,29 @@ def test_the_logits_are_never_held():
     kernels.token_logprobs(leaf, weight, targets, impl="cpu")[0].sum().backward()
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024  # MiB on Linux
     assert grown < 60
+
+
+@pytest.mark.parametrize("impl", sorted(kernels.IMPLEMENTATIONS))
+def test_threads_do_not_decide_the_order_of_sums(impl):
+    """Several threads, many times: always the same bytes, forward and backward."""
+    draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    h, rh = (torch.randn(300, 96, generator=draw) for _ in range(2))
+    w = torch.randn(1536, 96, generator=draw) * 0.3
+    targets = torch.randint(1536, (300,), generator=draw)
+    x = torch.randn(3000, 96, generator=draw)
+
+    def once():
+        inputs = [t.clone().requires_grad_() for t in (h, w, x, torch.ones(96))]
+        found = kernels.policy_reference(inputs[0], inputs[1], rh, w, targets, impl=impl)
+        normed = kernels.rms_norm(inputs[2], inputs[3], 1e-5, impl=impl)
+        (found.logp.sum() + found.kl.sum() + normed.square().sum()).backward()
+        return [t.detach() for t in found] + [t.grad for t in inputs]
+
+    torch.set_num_threads(3)
+    try:
+        first = once()
+        for _ in range(20):
+            for a, b in zip(first, once(), strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
