@@ -3,6 +3,7 @@
 #   make hh | make tldr     the whole pipeline on one of the paper's two tasks
 #   make chat STAGE=mpo     type to any stage's model
 #   make report             print the report of a run again
+#   make verify             hash every file of a run again; which stages are damaged, stale, unfinished
 #   make data/hh-rlhf       download the official HH-RLHF files
 #   make ablate             compare losses, estimators, splits ... over seeds (GRID, VARY, VALUES, SEEDS)
 #   make claims             the paper's claims put to the test: hours (docs/protocol.md); REDUCED=1: minutes
@@ -47,7 +48,7 @@ PIP    ?= .venv/bin/pip --disable-pip-version-check
 PY     := .venv/bin/python
 DONE   := manifest.json
 
-.PHONY: hh tldr pipeline chat report ablate claims bench setup test parity sanitize triton lint clean FORCE
+.PHONY: hh tldr pipeline chat report verify ablate claims bench setup test parity sanitize triton lint clean FORCE
 .DELETE_ON_ERROR:
 
 hh tldr:
@@ -134,6 +135,9 @@ chat: .venv/.ready
 
 report: .venv/.runtime
 	@$(PY) -m mpo.reporting $(RUN)
+
+verify: .venv/.runtime
+	@$(PY) -m mpo.verify $(RUN)
 
 data/hh-rlhf: .venv/.runtime FORCE
 	@$(PY) -m mpo.data.download $@

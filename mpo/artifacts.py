@@ -133,6 +133,7 @@ class Stage:
         self.input_hashes = {name: hash_tree(Path(path)) for name, path in inputs.items()}
         for name, path in inputs.items():
             check_manifest(Path(path), self.input_hashes[name])
+            self.input_hashes[name].pop("stage.json", None)  # how it was made is not what it is
         self._open()
 
     def _open(self) -> None:
