@@ -9,6 +9,7 @@
 #   make claims             the paper's claims put to the test: hours (docs/protocol.md); REDUCED=1: minutes
 #   make bench                                 this project and its peers, timed side by side
 #   make test | make parity | make sanitize | make triton | make lint | make setup | make clean
+#   make fuzz | make soak   thousands of malformed inputs, hundreds of kills (CASES, KILLS)
 #
 # Variables:
 #   DATA    builtin, a folder in the task's official layout, or a row file (.jsonl, .jsonl.gz)
@@ -48,7 +49,7 @@ PIP    ?= .venv/bin/pip --disable-pip-version-check
 PY     := .venv/bin/python
 DONE   := manifest.json
 
-.PHONY: hh tldr pipeline chat report verify ablate claims bench setup test parity sanitize triton lint clean FORCE
+.PHONY: hh tldr pipeline chat report verify ablate claims bench setup test parity sanitize triton fuzz soak lint clean FORCE
 .DELETE_ON_ERROR:
 
 hh tldr:
@@ -218,6 +219,16 @@ sanitize: .venv/.dev
 	@$(PY) kernels/build.py
 	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(or $(CXX),g++) -print-file-name=libasan.so) $$($(or $(CXX),g++) -print-file-name=libstdc++.so.6)" \
 	    $(PY) -m pytest --capture=sys tests/test_kernels.py tests/test_head_kernels.py tests/test_layer_kernels.py
+
+# The long versions of the tests: every stage killed again and again, thousands of malformed inputs.
+KILLS ?= 40
+CASES ?= 12000
+
+fuzz: .venv/.dev
+	$(PY) -m tests.fuzz $(shell expr $(CASES) / 12) $(SEED)
+
+soak: .venv/.dev
+	$(PY) -m tests.soak $(KILLS) $(CASES) docs/robustness.md
 
 lint: .venv/.dev
 	$(PY) -m ruff format --check .

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mpo import evaluation, reporting
-from mpo.artifacts import Stage, read_json, write_json, write_text
+from mpo.artifacts import Stage, read_manifest, write_json, write_text
 from mpo.checkpoint import load_model, load_scalar
 from mpo.config import EvalConfig, run
 from mpo.data.batches import Pair, encode, make_batch
@@ -160,7 +160,7 @@ def main(config: EvalConfig) -> None:
 
     responses = {name: sample(name, load_model(f), base, rm, tokenizer, pairs, config) for name, f in folders.items()}
     responses["chosen"] = dataset_responses(rm, tokenizer, pairs, config.batch)
-    if read_json(Path(config.data) / "manifest.json")["results"]["source"] == "builtin":
+    if read_manifest(Path(config.data) / "manifest.json")["results"].get("source") == "builtin":
         for found in responses.values():
             add_gold(found)
     baseline, chosen = next(iter(responses.values())), responses["chosen"]

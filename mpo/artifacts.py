@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from mpo.errors import InputError, RunError
 
 NOT_HASHED = {"manifest.json", "metrics.jsonl"}
+LARGEST_JSON = 64 << 20  # bytes: no index or manifest is larger
 SAVES = "saves"  # the folder of an unfinished stage's saves (saves.py)
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 
@@ -78,6 +79,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Read JSON, or end in one line that names the file and what is wrong with it."""
+    if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_JSON):
+        raise InputError(f"{path}: not a file of at most {LARGEST_JSON >> 20} MiB")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -197,6 +200,21 @@ class Stage:
         shutil.rmtree(self.out / SAVES, ignore_errors=True)
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A stage's manifest. Errors: InputError where the file is none."""
+    content = read_json(path)
+    needed = {"config": dict, "inputs": dict, "outputs": dict, "results": dict}
+    good = isinstance(content, dict) and all(isinstance(content.get(k), kind) for k, kind in needed.items())
+    if good:
+        of = list(content["inputs"].values())
+        good = all(isinstance(x, dict) and isinstance(x.get("sha256"), dict) for x in of)
+        good = good and all(isinstance(x.get("path"), str) and "\0" not in x["path"] for x in of)
+    if not good:
+        raise InputError(f"{path}: not a stage's manifest; delete {path.parent} and run its stage again")
+    result: dict[str, Any] = content
+    return result
+
+
 def check_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
     """Refuse a stage's folder whose files are not those of its manifest; a folder without one is taken as it is.
 
@@ -205,10 +223,7 @@ def check_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
     manifest = (folder if folder.is_dir() else folder.parent) / "manifest.json"
     if not manifest.is_file():
         return
-    content = read_json(manifest)
-    outputs = content.get("outputs") if isinstance(content, dict) else None
-    if not isinstance(outputs, dict):
-        raise InputError(f"{manifest}: not a stage's manifest; delete {manifest.parent} and run its stage again")
+    outputs = read_manifest(manifest)["outputs"]
     for name, digest in hashes.items():
         if name in outputs and outputs[name] != digest:
             raise InputError(

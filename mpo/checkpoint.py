@@ -6,17 +6,18 @@ compute exactly (biases, sliding windows, other architectures) is refused by nam
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from mpo.artifacts import read_json, write_bytes, write_json
+from mpo.artifacts import read_json, whole, write_json
 from mpo.errors import InputError
-from mpo.model import Llama, LlamaConfig, ScalarModel
+from mpo.model import Llama, LlamaConfig, ScalarModel, rotary_frequencies
 
 M = TypeVar("M", Llama, ScalarModel)
 SHARD_BYTES = 4 << 30
@@ -47,21 +48,33 @@ def config_from_json(path: Path) -> LlamaConfig:
     optional = ("max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
     fields |= {name: raw[name] for name in optional if raw.get(name) is not None}
     if isinstance(fields.get("eos_token_id"), list):  # Llama 3 lists several
-        fields["eos_token_id"] = fields["eos_token_id"][0]
-    return LlamaConfig(
-        **fields,
-        num_key_value_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        rope_theta=theta,
-        rope_scaling=rope,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-    )
+        fields["eos_token_id"] = (*fields["eos_token_id"], None)[0]
+    shape = {"num_key_value_heads": raw.get("num_key_value_heads") or heads}
+    shape["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // heads
+    for name, value in (fields | shape | {"rope_theta": theta} | rope).items():
+        whole = not name.startswith(("rms_", "rope_", "low_", "high_", "factor"))
+        _number(path, name, value, whole)
+    if heads % shape["num_key_value_heads"] or shape["head_dim"] % 2:
+        raise InputError(f"{path}: {heads} heads of {shape} do not make groups, or rotary pairs")
+    tied = bool(raw.get("tie_word_embeddings", False))
+    return LlamaConfig(**fields, **shape, rope_theta=theta, rope_scaling=rope, tie_word_embeddings=tied)
 
 
-def _rope(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], float]:
+def _number(path: Path, name: str, value: Any, whole: bool) -> None:
+    """Refuse what is no number, not finite, or negative; ids and sizes must be whole."""
+    kind = int if whole else (int, float)
+    good = isinstance(value, kind) and not isinstance(value, bool) and 0 <= value < 2**40
+    if not good:
+        raise InputError(f"{path}: {name} must be a {'whole ' if whole else ''}number from 0 on, found {value!r:.80}")
+
+
+def _rope(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """The rotary scaling ({} for none) and theta, from either form of config.json."""
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
+    given = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise InputError(f"{path}: rope_parameters must be an object, found {given!r:.80}")
+    rope = dict(given)
+    theta = rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0
     kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
     rope.pop("type", None)
     if kind == "default":
@@ -109,7 +122,8 @@ def save_model(folder: Path, model: Llama | ScalarModel, shard_bytes: int = SHAR
         shards[-1][name] = t
     for i, shard in enumerate(shards):
         file = _shard_name(i, len(shards))
-        write_bytes(folder / file, save(shard, metadata={"format": "pt"}))
+        with whole(folder / file) as partial:
+            save_file(shard, partial, metadata={"format": "pt"})
     if len(shards) > 1:
         where = {name: _shard_name(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
         size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -136,47 +150,74 @@ def _files(folder: Path) -> list[Path]:
     if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
         raise InputError(f"{index}: weight_map must map tensor names to file names")
     for name in set(where.values()):
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
             raise InputError(f"{index}: {name!r} is not a safetensors file of this folder")
     return [folder / name for name in sorted(set(where.values()))]
 
 
-def _load_into(model: M, folder: Path) -> M:
-    """Fill a model from the folder's tensors, each checked by name and shape."""
+class Tensors:
+    """The tensors of a folder's safetensors files, by name; nothing is read but the headers until it is asked for."""
+
+    def __init__(self, folder: Path):
+        """Errors: InputError for a file that is damaged, or is none."""
+        self.folder, self.files, self.where = folder, dict[Path, Any](), dict[str, Path]()
+        for path in _files(folder):
+            if not path.is_file():
+                raise InputError(f"{path}: no such file, though the index names it")
+            try:
+                self.files[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as e:
+                raise InputError(f"{path}: not a whole safetensors file ({e})") from None
+            self.where |= dict.fromkeys(self.files[path].keys(), path)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that is there."""
+        return tuple(self.files[self.where[name]].get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        """In fp32. Errors: InputError where it is not of floating-point numbers, or not finite."""
+        tensor: Tensor = self.files[self.where[name]].get_tensor(name)
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+            raise InputError(f"{self.where[name]}: {name} holds numbers that are not finite, or {tensor.dtype}")
+        return tensor.to(torch.float32, copy=True)  # else it would be the file, mapped
+
+
+def _load(kind: type[M], folder: Path) -> M:
+    """A model from a folder: shapes are compared before anything of its size is allocated."""
+    config, tensors = config_from_json(folder / "config.json"), Tensors(folder)
+    if config.num_hidden_layers > len(tensors.where):
+        raise InputError(f"{folder}: config.json says {config.num_hidden_layers} layers, the files hold fewer tensors")
+    with torch.device("meta"):
+        model = kind(config)
     wanted: dict[str, Tensor] = dict(model.state_dict())
-    if isinstance(model, Llama) and model.config.tie_word_embeddings:
+    tied = isinstance(model, Llama) and config.tie_word_embeddings
+    if tied:
         del wanted["lm_head.weight"]
-    for file in _files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    if name not in wanted:
-                        if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-                            continue  # a tied head written out, or a buffer of old checkpoints
-                        raise InputError(f"{file}: unexpected tensor {name!r} for a {type(model).__name__}")
-                    target, shape = wanted.pop(name), tensors.get_slice(name).get_shape()
-                    if tuple(shape) != tuple(target.shape):
-                        raise InputError(f"{file}: {name} is {tuple(shape)}, config.json says {tuple(target.shape)}")
-                    target.copy_(tensors.get_tensor(name))
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{file}: not a whole safetensors file ({e})") from None
-    if wanted:
-        raise InputError(f"{folder}: lacks {len(wanted)} tensors, first {next(iter(wanted))!r}")
-    return model
+    for name, where in tensors.where.items():
+        if name not in wanted:
+            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+                continue  # a tied head written out, or a buffer of old checkpoints
+            raise InputError(f"{where}: unexpected tensor {name!r} for a {kind.__name__}")
+        found, expected = tensors.shape(name), tuple(wanted[name].shape)
+        if found != expected:
+            raise InputError(f"{where}: {name} is {found}, config.json says {expected}")
+    if missing := wanted.keys() - tensors.where.keys():
+        raise InputError(f"{folder}: lacks {len(missing)} tensors, first {min(missing)!r}")
+    model.load_state_dict({name: tensors.read(name) for name in wanted}, strict=False, assign=True)
+    if isinstance(model, Llama) and tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.frequencies = rotary_frequencies(config)
+    return model.requires_grad_(True)
 
 
-@torch.no_grad()
 def load_model(folder: str | Path) -> Llama:
     """Load a language model from a folder in Hugging Face layout, in fp32.
 
     Errors: InputError, one line, for a missing, damaged, mismatched or unsupported folder.
     """
-    folder = Path(folder)
-    return _load_into(Llama(config_from_json(folder / "config.json")), folder)
+    return _load(Llama, Path(folder))
 
 
-@torch.no_grad()
 def load_scalar(folder: str | Path) -> ScalarModel:
     """Load a scalar model (reward model or critic) that `save_model` wrote."""
-    folder = Path(folder)
-    return _load_into(ScalarModel(config_from_json(folder / "config.json")), folder)
+    return _load(ScalarModel, Path(folder))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import inspect
+import math
 import re
 import sys
 import typing
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from mpo import interrupts
-from mpo.errors import InputError, Interrupted, RunError
+from mpo.errors import Ending, InputError, RunError
 
 C = TypeVar("C")
 SIZES = {"batch", "minibatch", "microbatch", "max_prompt", "max_response", "max_new", "iterations", "group", "saves"}
@@ -258,9 +259,13 @@ def parse(cls: type[C], argv: list[str]) -> C:
         near = difflib.get_close_matches(unknown[0].lstrip("-"), [f.name for f in fields(cls)], 1)  # type: ignore[arg-type]
         hint = f"; did you mean --{near[0]}?" if near else " (--help lists every flag)"
         raise InputError(f"unknown flag {unknown[0]}{hint}")
-    for name in SIZES & vars(values).keys():
-        if getattr(values, name) < 1:
-            raise InputError(f"--{name} {getattr(values, name)}: must be a positive number")
+    for name, value in vars(values).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{name} {value}: must be a finite number")
+        if isinstance(value, int) and not (1 if name in SIZES else 0) <= value < 1 << 31:
+            raise InputError(
+                f"--{name} {value}: must be a {'positive' if name in SIZES else 'whole'} number below 2^31"
+            )
     return cls(**vars(values))
 
 
@@ -275,18 +280,13 @@ def run_plain(main: Callable[[list[str]], None]) -> None:
     interrupts.install()
     try:
         main(sys.argv[1:])
-    except InputError as e:
-        print(f"{program}: error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as e:
-        print(f"{program}: stopped: {e}", file=sys.stderr)
-        sys.exit(1)
+    except Ending as e:
+        said = {InputError: "error: ", RunError: "stopped: "}.get(type(e), "")
+        print(f"{program}: {said}{e}", file=sys.stderr)
+        sys.exit(e.status)
     except OSError as e:
         print(f"{program}: stopped: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
         sys.exit(1)
-    except Interrupted as e:
-        print(f"\n{program}: {e}", file=sys.stderr)
-        sys.exit(e.status)
 
 
 def exact_div(whole: int, part: int, names: str) -> int:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+LONGEST = 2000  # characters of a message
 
-class InputError(Exception):
+
+class Ending(Exception):
+    """One line: control characters that a file or flag brought along are escaped, and it is not of any length."""
+
+    status = 1
+
+    def __init__(self, message: str):
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} [...] {line[-LONGEST // 2 :]}")
+
+
+class InputError(Ending):
     """Something the user gave us is wrong: says what, where (file and line) and how to mend it. Exit status 2."""
 
+    status = 2
 
-class RunError(Exception):
+
+class RunError(Ending):
     """The run cannot go on, though its input could be read: a full disk, a loss that is not finite. Exit status 1."""
 
 
-class Interrupted(Exception):
+class Interrupted(Ending):
     """A signal asked the program to end, and it has left everything in order. Exit status 128 + the signal."""
 
     def __init__(self, signal: int, where: str = ""):

@@ -7,6 +7,7 @@ and their prompts in PPO is our choice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,7 +44,7 @@ def threshold(gaps: Tensor, gamma: str) -> float:
             share = float(gamma[1:])
             if 0 < share < 1:
                 return float(gaps.double().abs().quantile(share))
-        elif float(gamma) > 0:
+        elif 0 < float(gamma) < math.inf:
             return float(gamma)
     except ValueError:
         pass

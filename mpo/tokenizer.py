@@ -16,6 +16,8 @@ import sentencepiece
 from mpo.artifacts import write_bytes, write_json
 from mpo.errors import InputError
 
+LARGEST = 256 << 20  # bytes
+
 # Pieces of their own: one token each, and no other string maps to them.
 TURNS = ("\n\nHuman:", "\n\nAssistant:")
 POST_PARTS = ("SUBREDDIT:", "\n\nTITLE:", "\n\nPOST:", "\n\nTL;DR:")
@@ -30,7 +32,7 @@ class Tokenizer:
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.LoadFromSerializedProto(model)
-        except RuntimeError as e:
+        except (RuntimeError, ValueError, OSError) as e:
             raise InputError(f"{where}: not a sentencepiece model ({str(e).splitlines()[0]})") from None
         self.size: int = self.sp.GetPieceSize()
         self.bos, self.eos = self.sp.bos_id(), self.sp.eos_id()
@@ -83,6 +85,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = Path(folder) / "tokenizer.model"
     if not path.is_file():
         raise InputError(f"{path}: no such file; a model folder needs its sentencepiece tokenizer")
+    if path.stat().st_size > LARGEST:
+        raise InputError(f"{path}: larger than {LARGEST >> 20} MiB; no tokenizer is")
     return Tokenizer(path.read_bytes(), str(path))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpo.artifacts import SAVES, hash_tree, read_json
+from mpo.artifacts import SAVES, hash_tree, read_manifest, sha256
 from mpo.config import run_plain
 from mpo.errors import InputError
 from mpo.reporting import table
@@ -43,18 +43,28 @@ def check_outputs(folder: Path, outputs: dict[str, str]) -> list[str]:
 
 
 def check_input(name: str, path: Path, recorded: dict[str, str]) -> list[str]:
-    """What of an input is no longer what the stage was made from."""
-    if not path.exists():
+    """What of an input is no longer what the stage was made from; only files of that input are looked at."""
+    if not _exists(path):
         return [f"{name} ({path}) is gone"]
-    now = hash_tree(path)
-    other = sorted(file for file, digest in recorded.items() if now.get(file) != digest)
-    return [f"made from another {name} ({path}): {other[0]}"] if other else []
+    for file, digest in sorted(recorded.items()):
+        where = path / file if path.is_dir() else path
+        inside = where.resolve().is_relative_to(path.resolve())
+        if not (inside and _exists(where) and where.is_file() and sha256(where) == digest):
+            return [f"made from another {name} ({path}): {file}"]
+    return []
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def current(path: Path, run: Path) -> Path:
     """Where an input is now: where it was, or at the same place of a run folder that has been moved."""
     moved = [run / Path(*path.parts[-n:]) for n in (1, 2, 3)]
-    return next((p for p in (path, *moved) if p.exists()), path)
+    return next((p for p in (path, *moved) if _exists(p)), path)
 
 
 def look_at(folder: Path, stages: dict[Path, str]) -> Found:
@@ -63,9 +73,7 @@ def look_at(folder: Path, stages: dict[Path, str]) -> Found:
     if not path.exists():
         saved = len(list((folder / SAVES).glob("step-*")))
         return Found(folder.name, {}, [f"no manifest; {saved} saves to go on from"])
-    manifest = read_json(path)
-    if not isinstance(manifest, dict) or not {"inputs", "outputs", "config"} <= manifest.keys():
-        raise InputError(f"{path}: not a stage's manifest")
+    manifest = read_manifest(path)
     found = Found(folder.name, manifest, check_outputs(folder, manifest["outputs"]))
     for name, of in manifest["inputs"].items():
         where = current(Path(of["path"]), folder.parent)

@@ -41,7 +41,7 @@ def test_rows_round_trip(tmp_path):
         ("[1]", r"rows.jsonl:2: expected a JSON object, found list"),
         ({"prompt": "p", "chosen": "a"}, r"rows.jsonl:2: field 'rejected' is missing"),
         ({**GOOD, "chosen": 3}, r"rows.jsonl:2: field 'chosen' is int, not a string"),
-        ({**GOOD, "margin": "big"}, r"rows.jsonl:2: field 'margin' is str, not a number"),
+        ({**GOOD, "margin": "big"}, r"rows.jsonl:2: field 'margin' is 'big', not a finite number"),
         ("[" * 100000, r"rows.jsonl:2: not a JSON object"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ def fetch(file: File, folder: Path, base: str) -> None:
     partial = target.with_name(target.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     have = partial.stat().st_size if partial.exists() else 0
+    shown = re.sub(r"//[^/@]*@", "//", base) + file.path  # a mirror's password stays out of messages
     request = urllib.request.Request(base + file.path, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as reply:
@@ -95,11 +97,11 @@ def fetch(file: File, folder: Path, base: str) -> None:
                     bar.update(len(block))
     except urllib.error.HTTPError as e:
         if e.code != 416:  # 416: nothing is left to send, the part is whole
-            raise InputError(f"{base + file.path}: the server answered {e.code} {e.reason}") from None
+            raise InputError(f"{shown}: the server answered {e.code} {e.reason}") from None
     except OSError as e:
         reason = getattr(e, "reason", None) or e
         raise InputError(
-            f"{base + file.path}: no connection ({reason}). Run the same command again to resume; without a "
+            f"{shown}: no connection ({reason}). Run the same command again to resume; without a "
             f"network, copy the official files to {folder}/<subset>/, or use the built-in world: make hh DATA=builtin"
         ) from None
     if wrong := check(file, partial):

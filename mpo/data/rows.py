@@ -13,6 +13,8 @@ from typing import Any
 from mpo.artifacts import write_text
 from mpo.errors import InputError
 
+LONGEST_LINE = 16 << 20  # characters
+
 
 @dataclass(frozen=True)
 class Row:
@@ -32,14 +34,20 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Errors: InputError names the file and the line for anything that is not a JSON object.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: not a file")
     try:
         opener = gzip.open if path.suffix == ".gz" else open
         with opener(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
+            number = 0
+            while line := lines.readline(LONGEST_LINE + 1):
+                number += 1
                 where = f"{path}:{number}"
+                if len(line) > LONGEST_LINE:
+                    raise InputError(f"{where}: a line of more than {LONGEST_LINE} characters; no row is that long")
                 try:
                     item = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as e:
+                except (ValueError, RecursionError) as e:
                     raise InputError(f"{where}: not a JSON object ({e}); each line must hold one") from None
                 if not isinstance(item, dict):
                     raise InputError(f"{where}: expected a JSON object, found {type(item).__name__}")
@@ -58,6 +66,15 @@ def text_field(where: str, item: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         found = "is missing" if name not in item else f"is {type(value).__name__}, not a string"
         raise InputError(f"{where}: field {name!r} {found}")
+    return whole_text(where, name, value)
+
+
+def whole_text(where: str, name: str, value: str) -> str:
+    """Refuse half of a surrogate pair, which JSON can hold and no file can."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        raise InputError(f"{where}: field {name!r} is not valid Unicode ({e.reason} at {e.start})") from None
     return value
 
 
@@ -66,9 +83,9 @@ def number_field(where: str, item: dict[str, Any], name: str) -> float | None:
     value = item.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{where}: field {name!r} is {type(value).__name__}, not a number")
-    return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise InputError(f"{where}: field {name!r} is {value!r:.40}, not a finite number")
+    return float(value)
 
 
 def read_rows(path: str | Path) -> list[Row]:
@@ -78,11 +95,11 @@ def read_rows(path: str | Path) -> list[Row]:
     for where, item in read_jsonl(path):
         rows.append(
             Row(
-                id=str(item.get("id", f"{path.stem}-{len(rows)}")),
+                id=whole_text(where, "id", str(item.get("id", f"{path.stem}-{len(rows)}"))),
                 prompt=text_field(where, item, "prompt"),
                 chosen=text_field(where, item, "chosen"),
                 rejected=text_field(where, item, "rejected"),
-                domain=str(item.get("domain", "")),
+                domain=whole_text(where, "domain", str(item.get("domain", ""))),
                 margin=number_field(where, item, "margin"),
                 noise=number_field(where, item, "noise"),
             )
