@@ -49,7 +49,7 @@ PIP    ?= .venv/bin/pip --disable-pip-version-check
 PY     := .venv/bin/python
 DONE   := manifest.json
 
-.PHONY: hh tldr pipeline chat report verify ablate claims bench setup test parity sanitize triton fuzz soak lint clean FORCE
+.PHONY: hh tldr pipeline chat report verify ablate claims bench setup test parity sanitize triton fuzz soak lock lint clean FORCE
 .DELETE_ON_ERROR:
 
 hh tldr:
@@ -174,12 +174,16 @@ bench: .venv/.ready .peers/now/.done .peers/ppo/.done
 setup: .venv/.dev
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	    { echo "Python 3.10 or newer is needed; name one with: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv .venv
 
-.venv/.runtime: pyproject.toml constraints.txt | .venv/bin/python
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+# Whatever is installed has a version and a hash.
+locked = $(PY) requirements/pick.py $(1) > .venv/$(1).txt && $(PIP) install --quiet --require-hashes -r .venv/$(1).txt
+
+.venv/.runtime: pyproject.toml $(wildcard requirements/*) | .venv/bin/python
+	$(call locked,runtime)
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # The compiled kernels: everything works without, more slowly.
@@ -188,15 +192,15 @@ setup: .venv/.dev
 	@touch $@
 
 .venv/.figures: .venv/.ready
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[figures]'
+	$(call locked,figures)
 	@touch $@
 
 .venv/.dev: .venv/.ready
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(call locked,dev)
 	@touch $@
 
 .venv/.parity: .venv/.dev
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[parity]'
+	$(call locked,parity)
 	@touch $@
 
 test: .venv/.dev
@@ -205,8 +209,16 @@ test: .venv/.dev
 parity: .venv/.parity
 	$(PY) -m pytest tests/test_trl.py
 
+# After a change of versions in requirements/direct.txt. The CPU build's hash is kept: it comes from elsewhere.
+lock: .venv/bin/python
+	$(PIP) install --quiet uv
+	grep '^# cpu build' requirements/lock.txt > .venv/cpu
+	.venv/bin/uv pip compile pyproject.toml --all-extras -c requirements/direct.txt --universal --generate-hashes \
+	    --python-version 3.11 --quiet --custom-compile-command "make lock" -o requirements/lock.txt
+	cat .venv/cpu >> requirements/lock.txt
+
 .venv/.gpu: .venv/.dev
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[gpu]'
+	$(call locked,gpu)
 	@touch $@
 
 # The GPU kernels' tests in Triton's interpreter, which needs no GPU.
@@ -233,7 +245,7 @@ soak: .venv/.dev
 lint: .venv/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m mypy mpo kernels experiments benchmarks *.py
+	$(PY) -m mypy mpo kernels experiments benchmarks requirements *.py
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build ./*.egg-info
