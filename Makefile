@@ -49,7 +49,7 @@ PIP    ?= .venv/bin/pip --disable-pip-version-check
 PY     := .venv/bin/python
 DONE   := manifest.json
 
-.PHONY: hh tldr pipeline chat report verify ablate claims bench setup test parity sanitize triton fuzz soak lock lint clean FORCE
+.PHONY: hh tldr pipeline chat report verify ablate claims bench setup test parity sanitize triton fuzz soak oldest lock lint clean FORCE
 .DELETE_ON_ERROR:
 
 hh tldr:
@@ -166,8 +166,9 @@ claims: .venv/.figures
 	.peers/ppo/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 trl==0.23.1 transformers==4.57.1
 	@touch $@
 
-bench: .venv/.ready .peers/now/.done .peers/ppo/.done
+bench: .venv/.figures .peers/now/.done .peers/ppo/.done
 	@$(PY) -m benchmarks.run $(BENCH_FLAGS)
+	@$(PY) -m benchmarks.scaling --again true
 
 # --- development ------------------------------------------------------------------------------
 
@@ -220,6 +221,17 @@ lock: .venv/bin/python
 .venv/.gpu: .venv/.dev
 	$(call locked,gpu)
 	@touch $@
+
+# The tests with the oldest versions that pyproject.toml allows: for torch, gigabytes of GPU libraries.
+.oldest/.done: pyproject.toml requirements/direct.txt
+	$(PYTHON) -m venv .oldest
+	.oldest/bin/python requirements/pick.py oldest > .oldest/oldest.txt
+	.oldest/bin/pip --disable-pip-version-check install --quiet -r .oldest/oldest.txt
+	@touch $@
+
+oldest: .oldest/.done
+	.oldest/bin/python kernels/build.py
+	.oldest/bin/python -m pytest
 
 # The GPU kernels' tests in Triton's interpreter, which needs no GPU.
 triton: .venv/.gpu

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import workload
 from experiments.grid import ROOT, commit, machine
-from mpo.artifacts import read_json, write_json
+from mpo.artifacts import read_json, write_json, write_text
 from mpo.config import parse, run_plain
 from mpo.errors import InputError
 from mpo.reporting import table
@@ -82,8 +82,8 @@ class BenchConfig:
 class Worker:
     """A process that does one step a turn (turns.py)."""
 
-    def __init__(self, command: Sequence[str], threads: int):
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    def __init__(self, command: Sequence[str], threads: int, more: Mapping[str, str] | None = None):
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(more or {})
         self.words = tempfile.TemporaryFile("w+")  # what it says besides  # noqa: SIM115
         self.command = [*command, str(threads)]
         self.process = subprocess.Popen(
@@ -120,13 +120,15 @@ class Worker:
         return result
 
 
-def hold(commands: Mapping[str, Sequence[str]], repeats: int, threads: int) -> dict[str, Row]:
+def hold(
+    commands: Mapping[str, Sequence[str]], repeats: int, threads: int, environment: Mapping[str, str] | None = None
+) -> dict[str, Row]:
     """Let all take turns: for each its median and every time, and the memory of a step above what it had loaded."""
     workers: dict[str, Worker] = {}
     turns: dict[str, list[Row]] = {name: [] for name in commands}
     try:
         for name, command in commands.items():
-            workers[name] = Worker(command, threads)
+            workers[name] = Worker(command, threads, environment)
         for _ in range(repeats + 1):
             for name, worker in workers.items():
                 turns[name].append(worker.turn())
@@ -197,12 +199,25 @@ def second_table(rows: Sequence[Row]) -> str:
     return table(["ms / MiB", *ALONE], lines)
 
 
+def write_page(path: Path, found: Mapping[str, Any]) -> None:
+    """The page, from everything that bench.json holds."""
+    about = {"machine": "", "commit": ""} | found.get("scaling", {})
+    more = {
+        "table": first_table(found["rows"], found["peak"]),
+        "heads": second_table(found["heads"]),
+        "scaling": f"Machine: {about['machine']}. Commit: {about['commit']}.",
+        "stages": found.get("stages", {}).get("table", "not measured yet"),
+    }
+    text = (ROOT / "benchmarks" / "page.md").read_text(encoding="utf-8")
+    write_text(path, text.format(**dict(found) | more))
+
+
 def main(config: BenchConfig) -> None:
     """Run what is asked for, one row after another, then write what was found."""
     threads = config.threads or os.cpu_count() or 1
-    before: Row = read_json(Path(config.out)) if config.only and Path(config.out).exists() else {}
-    rows = {r["name"]: r for r in before.get("rows", [])}
-    head_rows = {r["name"]: r for r in before.get("heads", [])}
+    before: Row = read_json(Path(config.out)) if Path(config.out).exists() else {}
+    rows = {r["name"]: r for r in before.get("rows", []) if config.only}
+    head_rows = {r["name"]: r for r in before.get("heads", []) if config.only}
     peak = rate(threads)
     print(f"matrix products: {peak:.0f} GFLOP/s", flush=True)
     for c in (c for c in CONTESTS if config.only in c.name):
@@ -214,10 +229,9 @@ def main(config: BenchConfig) -> None:
             head_rows[row["name"]] = row
             print(row["name"] + ": " + ", ".join(f"{w} {1e3 * row[w]['seconds']:.0f} ms" for w in h.ways), flush=True)
     found = {"machine": machine(), "commit": commit(), "threads": threads, "repeats": config.repeats, "peak": peak}
-    write_json(Path(config.out), found | {"rows": list(rows.values()), "heads": list(head_rows.values())})
-    text = (ROOT / "benchmarks" / "page.md").read_text(encoding="utf-8")
-    tables = {"table": first_table(list(rows.values()), peak), "heads": second_table(list(head_rows.values()))}
-    Path(config.page).write_text(text.format(**tables, **found), encoding="utf-8")
+    kept = {k: v for k, v in before.items() if k in ("scaling", "stages")}  # scaling.py, stages.py
+    write_json(Path(config.out), found | {"rows": list(rows.values()), "heads": list(head_rows.values())} | kept)
+    write_page(Path(config.page), read_json(Path(config.out)))
     print(f"written: {config.out}, {config.page}")
 
 

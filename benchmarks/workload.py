@@ -1,18 +1,25 @@
-"""The shared workload: a model's shape and token ids, for us and for every peer. Needs numpy only."""
+"""The shared workload: a model's shape and token ids, for us and for every peer. Needs numpy only.
+
+MPO_BENCH in the environment, a JSON object, changes sizes: {"vocabulary": ..., "tokens": ..., "pairs": ...,
+"width": ...}.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 from typing import Any
 
 import numpy as np
 
+SIZES = {"vocabulary": 8192, "tokens": 192, "pairs": 16, "width": 256} | json.loads(os.environ.get("MPO_BENCH", "{}"))
 SHAPE: dict[str, Any] = {  # in Hugging Face's names
-    "vocab_size": 8192,
-    "hidden_size": 256,
-    "intermediate_size": 688,
+    "vocab_size": SIZES["vocabulary"],
+    "hidden_size": SIZES["width"],
+    "intermediate_size": SIZES["width"] * 43 // 16,
     "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
+    "num_attention_heads": SIZES["width"] // 32,
+    "num_key_value_heads": SIZES["width"] // 32,
     "head_dim": 32,
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
@@ -21,8 +28,8 @@ SHAPE: dict[str, Any] = {  # in Hugging Face's names
     "eos_token_id": 2,
     "pad_token_id": 3,
 }
-PROMPT, RESPONSE = 128, 64  # tokens
-PAIRS = 16  # of one step of DPO or of the reward model
+PROMPT, RESPONSE = SIZES["tokens"] * 2 // 3, SIZES["tokens"] // 3
+PAIRS = SIZES["pairs"]  # of one step of DPO or of the reward model
 ROLLOUT = 32  # prompts of one PPO iteration, and rows of one batch of generation
 EPOCHS, MINIBATCHES = 4, 1  # of PPO
 BETA, LR = 0.1, 1e-5

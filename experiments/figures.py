@@ -36,7 +36,7 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _axes(columns: int, width: float = 4.6, height: float = 3.6) -> tuple[Any, Any]:
+def _axes(columns: int, width: float = 4.6, height: float = 3.6, rows: int = 1) -> tuple[Any, Any]:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -44,8 +44,8 @@ def _axes(columns: int, width: float = 4.6, height: float = 3.6) -> tuple[Any, A
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
     plt.rcParams.update(style | {"legend.frameon": False, "figure.constrained_layout.use": True})
-    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), squeeze=False)
-    return figure, axes[0]
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    return figure, axes[0] if rows == 1 else axes
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -130,6 +130,25 @@ def sweep(
             )
         axis.set(xlabel=xlabel, ylabel="gold reward", title=task)
         axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def growth(
+    lines: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], ylabels: Sequence[str], path: Path
+) -> None:
+    """A column for each thing that grows, a row for each quantity: lines[thing][who][size] has one number a row."""
+    figure, axes = _axes(len(lines), width=3.4, height=2.8, rows=len(ylabels))
+    colours = ("#1a9850", "#a6d96a", "#d6604d")
+    for place, (thing, ways) in enumerate(lines.items()):
+        for row, label in enumerate(ylabels):
+            axis = axes[row][place]
+            for (who, points), colour in zip(ways.items(), colours, strict=False):
+                ys = [numbers[row] for numbers in points.values()]
+                axis.plot(list(points), ys, "o-", color=colour, label=who, markersize=4)
+            axis.set(xscale="log", yscale="log", xlabel=thing, ylabel=label if place == 0 else "")
+            axis.set_xticks(list(points), [f"{size:,}" for size in points])
+            axis.minorticks_off()
+    axes[0][0].legend(fontsize=7)
     _save(figure, path)
 
 

@@ -60,6 +60,15 @@ def direct_requirements(extras: set[str]) -> set[str]:
     return {re.split(r"[<>=!~ \[;]", r)[0].lower() for r in asked}
 
 
+def oldest() -> str:
+    """The runtime's oldest versions that pyproject.toml allows, and what the tests need; without hashes."""
+    asked = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
+    pinned = dict(
+        re.findall(r"^([\w-]+)==(\S+)$", LOCK.with_name("direct.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    return "\n".join([r.replace(">=", "==") for r in asked] + [f"{n}=={pinned[n]}" for n in ("pytest", "hypothesis")])
+
+
 def takes_cpu_build(version: str) -> bool:
     """Whether pip, as it is set up here, would install a CPU build of torch."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet"]
@@ -72,7 +81,11 @@ def takes_cpu_build(version: str) -> bool:
 
 def main() -> None:
     """Print the requirements of a purpose."""
-    extras = PURPOSES[sys.argv[1] if len(sys.argv) > 1 else "runtime"]
+    purpose = sys.argv[1] if len(sys.argv) > 1 else "runtime"
+    if purpose == "oldest":
+        print(oldest())
+        return
+    extras = PURPOSES[purpose]
     text = LOCK.read_text(encoding="utf-8")
     packages, cpu, direct = blocks(text), CPU_BUILD.search(text), direct_requirements(extras)
     if cpu and takes_cpu_build(cpu[1]):
