@@ -48,8 +48,10 @@ def main(config: DataConfig) -> None:
         write_text(stage.out / "probe.jsonl", sheet)
     else:
         splits = without_overlap(read(config, dropped), dropped)
-        most = {"train": config.train, "test": config.test}
-        splits = {name: rows[: most[name] or None] for name, rows in splits.items()}
+        for name, most in (("train", config.train), ("test", config.test)):
+            kept = splits[name][: most or None]
+            dropped[f"beyond --{name}"] += len(splits[name]) - len(kept)
+            splits[name] = kept
     for name, rows in splits.items():
         write_rows(stage.out / f"{name}.jsonl", rows)
     counts = {name: len(rows) for name, rows in splits.items()}

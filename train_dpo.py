@@ -20,7 +20,7 @@ from mpo.model import Llama
 from mpo.objective import parse_objective
 from mpo.progress import progress
 from mpo.tokenizer import load_tokenizer
-from mpo.training import batches_of, setup_torch, train
+from mpo.training import batches_of, setup_torch, short_rest, train
 
 RefLogps = dict[str, tuple[float, float]]
 TIE = 1e-3  # nats by which the log-probs of one model, computed twice, may differ
@@ -100,7 +100,8 @@ def main(config: DPOConfig) -> None:
         raise InputError(f"{config.data}: two rows share an id; ids must be unique")
     if any(p.row.noise is not None for p in pairs) and not objective.uses_noise:
         raise InputError(f"{config.data}: its rows carry label noise, which --loss {config.loss} ignores; take cdpo")
-    print(f"{stage.out.name}: rows {counts}")
+    counts |= short_rest(pairs, config.batch)
+    print(f"{stage.name}: rows {counts}")
     cache: RefLogps = {}
     if not objective.reference_free:
         cache = reference_logps(load_model(config.ref or config.model), pairs, config.batch)
@@ -118,7 +119,7 @@ def main(config: DPOConfig) -> None:
 
     batches = batches_of(pairs, config.batch, config.epochs, config.seed, config.steps)
     last = train(model, batches, losses_of, lambda pair: 1.0, config, stage, config.keep, log_ratios)
-    print(f"{stage.out.name}: {len(batches)} steps, loss {last['loss']:.3f}, margin {last['reward_margin']:.3f}")
+    print(f"{stage.name}: {len(batches)} steps, loss {last['loss']:.3f}, margin {last['reward_margin']:.3f}")
     save_model(stage.out, model)
     tokenizer.save(stage.out)
     start = float(objective.losses(first).mean())

@@ -117,8 +117,10 @@ def main(config: PPOConfig) -> None:
     stage = Stage(config, inputs, config.out, config.overwrite)
     tokenizer, learner, rm = load_tokenizer(config.model), load_learner(config), load_scalar(config.rm)
     policy, ref, critic = learner.policy, learner.ref, learner.critic.model if learner.critic else None
-    rows = read_rows(config.prompts)[: config.limit or None]
+    everything = read_rows(config.prompts)
+    rows = everything[: config.limit or None]
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
+    counts |= {"dropped: beyond --limit": len(everything) - len(rows)} if len(rows) < len(everything) else {}
     print(f"{stage.name}: prompts {counts}")
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
     kept = milestones(config.iterations, config.keep)

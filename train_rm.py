@@ -13,7 +13,7 @@ from mpo.artifacts import Stage, write_json
 from mpo.checkpoint import load_model, save_model
 from mpo.config import RMConfig, run
 from mpo.data.batches import Pair, encode
-from mpo.data.rows import Row, read_jsonl, read_rows
+from mpo.data.rows import Row, read_jsonl, read_rows, text_field
 from mpo.errors import InputError
 from mpo.losses import bradley_terry, centring
 from mpo.model import ScalarModel, scalar_from
@@ -21,7 +21,7 @@ from mpo.randomness import generator
 from mpo.reporting import interval
 from mpo.scoring import score_all, score_pairs
 from mpo.tokenizer import Tokenizer, load_tokenizer
-from mpo.training import batches_of, setup_torch, train
+from mpo.training import batches_of, setup_torch, short_rest, train
 
 NORMALISE_ON = 1000  # SFT-reference responses whose scores get mean 0 and std 1
 
@@ -60,11 +60,13 @@ def probe(rm: ScalarModel, tokenizer: Tokenizer, sheet: Path, config: RMConfig) 
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for where, item in read_jsonl(sheet):
-        row = Row(where, item["prompt"], chosen=item["right"], rejected=item["wrong"])
-        groups.setdefault((item["kind"], item["mistake"]), []).append(row)
+        kind, mistake, prompt, good, spoilt = (
+            text_field(where, item, k) for k in ("kind", "mistake", "prompt", "right", "wrong")
+        )
+        groups.setdefault((kind, mistake), []).append(Row(where, prompt, chosen=good, rejected=spoilt))
     found = []
     for (kind, mistake), rows in groups.items():
-        pairs, _ = encode(rows, tokenizer, config.max_prompt, 2 * config.max_response)
+        pairs, counts = encode(rows, tokenizer, config.max_prompt, 2 * config.max_response)
         right, wrong = score_all(rm, pairs, config.microbatch)
         above = float((right > wrong).float().mean())
         found.append(
@@ -74,6 +76,7 @@ def probe(rm: ScalarModel, tokenizer: Tokenizer, sheet: Path, config: RMConfig) 
                 "right_above": above,
                 "right": float(right.mean()),
                 "wrong": float(wrong.mean()),
+                "rows": counts,
             }
         )
     return found
@@ -89,6 +92,7 @@ def main(config: RMConfig) -> None:
     for split in ("train", "test"):
         rows = read_rows(Path(config.data) / f"{split}.jsonl")
         splits[split], counts[split] = encode(rows, tokenizer, config.max_prompt, config.max_response)
+        counts[split] |= short_rest(splits[split], config.batch) if split == "train" else {}
         print(f"rm: {split} rows {counts[split]}")
     if config.use_margin and any(p.row.margin is None for p in splits["train"]):
         raise InputError(f"{config.data}/train.jsonl: not every row has a margin, which --use_margin needs")

@@ -18,7 +18,7 @@ from mpo.logprobs import response_logprobs
 from mpo.model import PRESETS, Llama, initialise
 from mpo.randomness import generator
 from mpo.tokenizer import Tokenizer, load_tokenizer
-from mpo.training import batches_of, setup_torch, train
+from mpo.training import batches_of, setup_torch, short_rest, train
 
 
 def starting_model(config: SFTConfig, tokenizer: Tokenizer) -> Llama:
@@ -72,11 +72,12 @@ def main(config: SFTConfig) -> None:
     stage = Stage(config, inputs, config.out, config.overwrite)
     tokenizer = load_tokenizer(config.tokenizer)
     model = starting_model(config, tokenizer)
-    splits = {}
+    splits, counts = {}, {}
     for split in ("train", "test"):
         rows = read_rows(Path(config.data) / f"{split}.jsonl")
-        splits[split], counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
-        print(f"sft: {split} rows {counts}")
+        splits[split], counts[split] = encode(rows, tokenizer, config.max_prompt, config.max_response)
+        counts[split] |= short_rest(splits[split], config.batch) if split == "train" else {}
+        print(f"sft: {split} rows {counts[split]}")
 
     def losses_of(pairs: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         batch = make_batch([sequence(p, config.loss_on) for p in pairs])

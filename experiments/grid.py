@@ -184,10 +184,13 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """The processor by name, with its cores."""
-    name = platform.processor() or platform.machine()
+    """The processor by name, with its widest vector instructions and its cores."""
+    name, widest = platform.processor() or platform.machine(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return f"{name}, {os.cpu_count()} cores"
+        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        fields = {k.strip(): v.strip() for k, v in fields.items()}
+        name, flags = fields.get("model name", name), fields.get("flags", "").split()
+        known = {"avx512_bf16": "AVX-512 with BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
+        widest = next((f" ({text})" for flag, text in known.items() if flag in flags), "")
+    return f"{name}{widest}, {os.cpu_count()} cores"

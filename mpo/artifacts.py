@@ -77,6 +77,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
+def finite(value: Any) -> Any:
+    """The same with None for every number that is not finite, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_json(path: Path) -> Any:
     """Read JSON, or end in one line that names the file and what is wrong with it."""
     if path.exists() and not (path.is_file() and path.stat().st_size <= LARGEST_JSON):
@@ -173,8 +182,7 @@ class Stage:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step to metrics.jsonl."""
-        rounded = {k: round(float(v), 6) if math.isfinite(v) else None for k, v in metrics.items()}
-        line = json.dumps({"step": step, **rounded}) + "\n"
+        line = json.dumps({"step": step, **finite({k: round(float(v), 6) for k, v in metrics.items()})}) + "\n"
         try:
             with (self.out / "metrics.jsonl").open("a") as f:
                 f.write(line)
@@ -190,7 +198,7 @@ class Stage:
                 "config": asdict(self.config),
                 "inputs": {n: {"path": p, "sha256": self.input_hashes[n]} for n, p in self.inputs.items()},
                 "outputs": hash_tree(self.out),
-                "results": results,
+                "results": finite(results),
                 "seconds": round(self.seconds, 1),
                 "peak_memory_mb": peak_memory_mb(),
                 "python": platform.python_version(),

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpo import interrupts
-from mpo.artifacts import SAVES, Stage, whole
+from mpo.artifacts import SAVES, Stage, sync, whole
 from mpo.config import Training
 from mpo.errors import InputError, Interrupted, RunError
 
@@ -107,7 +107,9 @@ class Saves:
         if bad := next((name for name, t in tensors.items() if not torch.isfinite(t).all()), None):
             raise RunError(f"{self.stage.name}: {bad} is not finite behind step {step}; not saved. Lower --lr")
         about = {"step": str(step), "key": self.key, "numbers": json.dumps(numbers), "seconds": str(self.stage.seconds)}
-        path = self.folder / f"step-{step:08d}.safetensors"
+        path, metrics = self.folder / f"step-{step:08d}.safetensors", self.stage.out / "metrics.jsonl"
+        if metrics.exists():
+            sync(metrics)  # its lines up to here belong to the save
         with whole(path) as partial:
             save_file(tensors, partial, about | {"sha256": _digest(tensors)})
         for old in sorted(self.folder.glob("step-*.safetensors"))[: -self.config.saves]:

@@ -108,6 +108,12 @@ def batches_of(pairs: Sequence[Pair], batch: int, epochs: float, seed: int, step
     return [next(endless) for _ in range(steps or max(1, round(per_epoch * epochs)))]
 
 
+def short_rest(pairs: Sequence[Pair], batch: int) -> dict[str, int]:
+    """How many rows every epoch leaves out, other ones each time, since they fill no batch."""
+    rest = len(pairs) % batch
+    return {"left out of each epoch: no full batch": rest} if rest else {}
+
+
 def milestones(steps: int, keep: int) -> dict[int, str]:
     """After which steps a model is kept on the way, and the name of its folder."""
     at = {round(steps * i / (keep + 1)) for i in range(1, keep + 1)} - {0, steps}

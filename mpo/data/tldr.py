@@ -50,8 +50,8 @@ def read_folder(folder: Path, split: str, dropped: Counter[str]) -> list[Row]:
     rows = []
     for file in files:
         for i, (where, item) in enumerate(read_jsonl(file)):
-            if str(item.get("split", name)).startswith(name):
-                row = parse(where, item, f"{file.stem}-{i}", dropped)
-                if row is not None:
-                    rows.append(row)
+            if not str(item.get("split", name)).startswith(name):
+                dropped["of another split"] += 1
+            elif (row := parse(where, item, f"{file.stem}-{i}", dropped)) is not None:
+                rows.append(row)
     return rows
