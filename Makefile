@@ -41,8 +41,8 @@ ifdef KERNELS
 export MPO_KERNELS := $(KERNELS)
 endif
 
-# Threads that wait for each other give up the core early, so that jobs side by side do not.
-export GOMP_SPINCOUNT ?= 1000
+# Threads that wait for each other spin a while, and then give up the core to whoever else wants it.
+export GOMP_SPINCOUNT ?= 100000
 
 PYTHON ?= python3
 PIP    ?= .venv/bin/pip --disable-pip-version-check

@@ -46,6 +46,12 @@ def prompt_batches(pairs: Sequence[Pair], config: PPOConfig) -> Iterator[list[Pa
         waiting = waiting[each:]
 
 
+def penalised(rollout: Rollout, config: PPOConfig) -> Tensor:
+    """The reward model's scores (B,), less the price of a response without an end, and clipped where that is wanted."""
+    score = rollout.scores - config.missing_eos_penalty * ~rollout.finished
+    return score.clamp(-config.clip_score, config.clip_score) if config.clip_score else score
+
+
 def advantages_of(rollout: Rollout, score: Tensor, kl_coef: float, config: PPOConfig) -> Advantages:
     """From a rollout and its scores (B,) to advantages and (with a critic) returns, (B, R)."""
     t = rollout.tokens
@@ -136,9 +142,7 @@ def main(config: PPOConfig) -> None:
             # 1. rollout and scores (with the self-check that sampling and scoring agree)
             draw, prompts = generator(config.seed, "rollout", iteration), [p.prompt for p in batch]
             rollout = roll_out(policy, ref, rm, critic, prompts, sampling, draw, config.microbatch)
-            score = rollout.scores - config.missing_eos_penalty * ~rollout.finished
-            if config.clip_score:
-                score = score.clamp(-config.clip_score, config.clip_score)
+            score = penalised(rollout, config)
             # 2. rewards (KL to the reference per token, the score at the last one) and advantages
             found = advantages_of(rollout, score, kl_coef, config)
             metrics = rollout_metrics(rollout, found) | {"kl_coef": kl_coef}

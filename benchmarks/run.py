@@ -178,15 +178,26 @@ def rate(threads: int) -> float:
 
 
 def first_table(rows: Sequence[Row], peak: float) -> str:
-    """The contests."""
-    header = ["what", "ours, s", "peer, s", "times as fast", "target", "memory of the step, MiB", "share of the peak"]
+    """The contests; "at the peak": how many times as fast the same operations would be at the rate of the machine."""
+    header = [
+        "what",
+        "ours, s",
+        "peer, s",
+        "times as fast",
+        "target",
+        "MiB of the step",
+        "share of the peak",
+        "at the peak",
+    ]
     lines = []
     for r in rows:
         reached = "" if r["ratio"] >= r["target"] else " (missed)"
-        share = 100 * r["gflops"] / r["ours"]["seconds"] / peak
+        share = r["gflops"] / r["ours"]["seconds"] / peak
         memory = f"{r['ours']['step_mib']:.0f} / {r['peer']['step_mib']:.0f}"
         times = [f"{r[side]['seconds']:.3f}" for side in ("ours", "peer")]
-        lines.append([r["name"], *times, f"{r['ratio']:.2f}", f"{r['target']:g}{reached}", memory, f"{share:.0f} %"])
+        most = "-" if share > 1 else f"{r['ratio'] / share:.1f}"  # bf16 has a peak of its own
+        what = [r["name"], *times, f"{r['ratio']:.2f}", f"{r['target']:g}{reached}", memory]
+        lines.append([*what, f"{100 * share:.0f} %", most])
     return table(header, lines)
 
 
@@ -199,6 +210,24 @@ def second_table(rows: Sequence[Row]) -> str:
     return table(["ms / MiB", *ALONE], lines)
 
 
+def profile(case: str, threads: int) -> Row:
+    """Where a step of ours spends its time (breakdown.py)."""
+    command = [sys.executable, "-m", "benchmarks.breakdown", case, str(threads)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    result: Row = json.loads(done.stderr.splitlines()[-1])  # turns.py leaves stdout to its own lines
+    return result
+
+
+def third_table(profiles: Mapping[str, Row]) -> str:
+    """Shares of a step, by compiled function; a column a case."""
+    names = sorted(
+        {n for row in profiles.values() for n in row}, key=lambda n: -max(r.get(n, 0) for r in profiles.values())
+    )
+    total = {case: sum(row.values()) for case, row in profiles.items()}
+    lines = [[n, *(f"{100 * r[n] / total[c]:.1f} %" if n in r else "" for c, r in profiles.items())] for n in names]
+    return table(["share of a step", *profiles], [*lines, ["seconds", *(f"{s:.3f}" for s in total.values())]])
+
+
 def write_page(path: Path, found: Mapping[str, Any]) -> None:
     """The page, from everything that bench.json holds."""
     about = {"machine": "", "commit": ""} | found.get("scaling", {})
@@ -206,6 +235,8 @@ def write_page(path: Path, found: Mapping[str, Any]) -> None:
         "table": first_table(found["rows"], found["peak"]),
         "heads": second_table(found["heads"]),
         "scaling": f"Machine: {about['machine']}. Commit: {about['commit']}.",
+        "profile": third_table(found["profiles"]) if "profiles" in found else "not measured yet",
+        "profile_machine": found.get("profile_machine", ""),
         "stages": found.get("stages", {}).get("table", "not measured yet"),
     }
     text = (ROOT / "benchmarks" / "page.md").read_text(encoding="utf-8")
@@ -218,8 +249,11 @@ def main(config: BenchConfig) -> None:
     before: Row = read_json(Path(config.out)) if Path(config.out).exists() else {}
     rows = {r["name"]: r for r in before.get("rows", []) if config.only}
     head_rows = {r["name"]: r for r in before.get("heads", []) if config.only}
-    peak = rate(threads)
-    print(f"matrix products: {peak:.0f} GFLOP/s", flush=True)
+    about = {name: before.get(name) for name in ("machine", "commit", "threads", "repeats", "peak")}
+    if config.only != "profile":  # which has a machine of its own
+        about = {"machine": machine(), "commit": commit(), "threads": threads}
+        about |= {"repeats": config.repeats, "peak": rate(threads)}
+        print(f"matrix products: {about['peak']:.0f} GFLOP/s", flush=True)
     for c in (c for c in CONTESTS if config.only in c.name):
         rows[c.name] = contest(c, config.repeats, threads)
         print(f"{c.name}: {rows[c.name]['ratio']:.2f} times as fast (target {c.target:g})", flush=True)
@@ -228,9 +262,11 @@ def main(config: BenchConfig) -> None:
             row = heads(h, size, config.repeats, threads)
             head_rows[row["name"]] = row
             print(row["name"] + ": " + ", ".join(f"{w} {1e3 * row[w]['seconds']:.0f} ms" for w in h.ways), flush=True)
-    found = {"machine": machine(), "commit": commit(), "threads": threads, "repeats": config.repeats, "peak": peak}
-    kept = {k: v for k, v in before.items() if k in ("scaling", "stages")}  # scaling.py, stages.py
-    write_json(Path(config.out), found | {"rows": list(rows.values()), "heads": list(head_rows.values())} | kept)
+    kept = {k: v for k, v in before.items() if k in ("scaling", "stages", "profiles", "profile_machine")}
+    if config.only in "profile":
+        cases = ("dpo-best", "reward", "generate", "ppo-shared")
+        kept |= {"profiles": {c: profile(c, threads) for c in cases}, "profile_machine": machine()}
+    write_json(Path(config.out), about | {"rows": list(rows.values()), "heads": list(head_rows.values())} | kept)
     write_page(Path(config.page), read_json(Path(config.out)))
     print(f"written: {config.out}, {config.page}")
 

@@ -1,0 +1,55 @@
+"""Where a step's time goes, by compiled function: python -m benchmarks.breakdown CASE THREADS
+
+Every compiled kernel is called through one function (kernels/cpu/binding.py), which is timed here; what is left is
+torch: embeddings, sums, the optimiser, autograd, Python.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from benchmarks.ours import CASES
+from kernels.cpu import binding
+from mpo.training import setup_torch
+
+
+def timed(spent: Counter[str]) -> Any:
+    """binding.call, adding up seconds by function."""
+    plain = binding.call
+
+    def call(function: str, *arguments: binding.Argument) -> None:
+        began = time.perf_counter()
+        plain(function, *arguments)
+        spent[function] += time.perf_counter() - began  # type: ignore[assignment]
+
+    return call
+
+
+def profile(case: str, steps: int = 5) -> dict[str, float]:
+    """Seconds of one step by function, the rest as "torch and the rest"."""
+    step, spent = CASES[case](), Counter[str]()
+    step()
+    call = timed(spent)
+    plain = binding.call
+    for name, module in list(sys.modules.items()):
+        if name.startswith("kernels.cpu") and getattr(module, "call", None) is plain:
+            module.call = call  # type: ignore[attr-defined]
+    began = time.perf_counter()
+    for _ in range(steps):
+        step()
+    total = time.perf_counter() - began
+    found = {name: seconds / steps for name, seconds in spent.most_common()}
+    return found | {"torch and the rest": (total - sum(spent.values())) / steps}
+
+
+if __name__ == "__main__":
+    setup_torch(SimpleNamespace(threads=int(sys.argv[2]), bf16=False))  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    print(json.dumps(profile(sys.argv[1])))
