@@ -49,6 +49,9 @@ CONTESTS = (
 )
 
 
+GROWTH = "Seconds and memory of a step against vocabulary, tokens of a text, pairs and width."
+
+
 @dataclass(frozen=True)
 class Heads:
     """One row of the second table: ways to get log-probs from hidden states."""
@@ -230,11 +233,13 @@ def third_table(profiles: Mapping[str, Row]) -> str:
 
 def write_page(path: Path, found: Mapping[str, Any]) -> None:
     """The page, from everything that bench.json holds."""
-    about = {"machine": "", "commit": ""} | found.get("scaling", {})
+    scaling, growth = found.get("scaling"), "Not measured yet: python -m benchmarks.scaling"
+    if scaling:
+        growth = f"Machine: {scaling['machine']}. Commit: {scaling['commit']}.\n\n![{GROWTH}](figures/scaling.png)"
     more = {
         "table": first_table(found["rows"], found["peak"]),
         "heads": second_table(found["heads"]),
-        "scaling": f"Machine: {about['machine']}. Commit: {about['commit']}.",
+        "scaling": growth,
         "profile": third_table(found["profiles"]) if "profiles" in found else "not measured yet",
         "profile_machine": found.get("profile_machine", ""),
         "stages": found.get("stages", {}).get("table", "not measured yet"),
