@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
@@ -178,6 +180,8 @@ def test_the_logits_are_never_held():
     """At N = 4096 and V = 32,000 they would take 524 MB."""
     if "cpu" not in kernels.IMPLEMENTATIONS:
         pytest.skip("the compiled kernels are not built")
+    if "sanitize" in os.environ.get("MPO_KERNELS_FLAGS", ""):
+        pytest.skip("a checker of memory keeps what is freed, to see who still reads it")
     import resource
 
     hidden, weight, *_, targets = make(4096, 32, 32_000, torch.float32)
