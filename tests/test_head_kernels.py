@@ -192,7 +192,7 @@ def test_the_logits_are_never_held():
     assert grown < 60
 
 
-@pytest.mark.parametrize("impl", sorted(kernels.IMPLEMENTATIONS))
+@pytest.mark.parametrize("impl", sorted(kernels.IMPLEMENTATIONS.keys() - {"gpu"}))
 def test_threads_do_not_decide_the_order_of_sums(impl):
     """Several threads, many times: always the same bytes, forward and backward."""
     draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
