@@ -55,7 +55,7 @@ def collapses(now: Mapping[str, float], first: Mapping[str, float]) -> dict[str,
             f"{now['kl_exact']:.1f} nats a response from the reference: the policy is exploiting the reward model; "
             "raise --kl_coef, lower --lr, or take fewer --iterations"
         )
-    if now["eos_rate"] < 0.5 * first["eos_rate"]:
+    if now["eos_rate"] < 0.5 * first["eos_rate"] and first["eos_rate"] > 0.1:  # few that end say little
         found["eos_rate"] = (
             f"{now['eos_rate']:.0%} of the responses end, {first['eos_rate']:.0%} did at first: unfinished ones score "
             "too well; raise --missing_eos_penalty or --max_new"

@@ -78,6 +78,10 @@ def test_every_row_must_be_finite():
 CALM = {"kl_exact": 2.0, "eos_rate": 0.9, "length": 20.0, "entropy": 1.5}
 
 
+def test_few_responses_that_end_say_little():
+    assert collapses(CALM | {"eos_rate": 0.0}, CALM | {"eos_rate": 0.06}) == {}
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
