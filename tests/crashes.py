@@ -41,6 +41,14 @@ STAGES: dict[str, tuple[Any, type, str]] = {
 }
 
 
+FEW = {
+    "sft": "--epochs 0.5",
+    "rm": "--epochs 0.5",
+    "dpo": "--steps 8 --keep 0",
+    "ppo": "--iterations 4 --keep 0",
+}  # steps
+
+
 def start(stage: str, base: Path, out: Path, *more: str, before: Any = None) -> int:
     """Fork a stage as a user runs it; returns its process id. `before` is called in the child first."""
     script, config, flags = STAGES[stage]
@@ -128,7 +136,7 @@ def at_random(stage: str, base: Path, work: Path, kills: int, seed: int) -> dict
 
 def at_every_point_of_a_save(stage: str, base: Path, work: Path) -> dict[str, Any]:
     """Die at each of the moments within writing a file: before it is on the disk, before and behind its name."""
-    few = ("--steps", "8", "--keep", "0")
+    few = FEW[stage.split("-")[0]].split()
     expected, _ = straight(stage, base, work / "straight", *few)
     out, died = work / "killed", 0
 
