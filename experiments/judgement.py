@@ -148,10 +148,13 @@ def judged(world: World, plan: Plan, claim: int) -> dict[str, Contrast | None]:
     return found
 
 
-def verdict(found: Sequence[Mapping[str, Contrast | None]]) -> str:
-    """Over the worlds: holds, fails, mixed or open (docs/protocol.md); "not run" while one is missing."""
-    if any(c is None for world in found for c in world.values()) or not found:
+def verdict(found: Sequence[Mapping[str, Contrast | None]], seeds: int) -> str:
+    """Over the worlds: holds, fails, mixed or open (docs/protocol.md); no verdict while one of `seeds` is missing."""
+    contrasts = [c for world in found for c in world.values()]
+    if not any(contrasts):
         return "not run"
+    if any(c is None or len(c.per_seed) < seeds for c in contrasts):
+        return "unfinished"
     verdicts = {name: [world[name].verdict for world in found] for name in found[0]}  # type: ignore[union-attr]
     flat = [v for each in verdicts.values() for v in each]
     if all(v == "holds" for v in flat):

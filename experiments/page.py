@@ -38,7 +38,7 @@ from mpo.reporting import interval, percent, table
 UNITS = dict.fromkeys((*FIRST_STAGE, "dpo-long", "dpo-all-long", "ppo-long"), 2) | {"sft": 0}
 
 
-def contrast_line(world: World, name: str, found: Contrast | None, pair: Pair | None) -> list[str]:
+def contrast_line(world: World, name: str, found: Contrast | None, pair: Pair | None, seeds: int) -> list[str]:
     """One line of a claim's table."""
     if found is None:
         return [name, "not run", "", "", "", ""]
@@ -48,19 +48,25 @@ def contrast_line(world: World, name: str, found: Contrast | None, pair: Pair | 
         won = percent(hierarchical_bootstrap(win(world.golds(pair[0]), world.golds(pair[1]))))
         at_equal = equal_kl_contrast(world, pair)
         equal = interval(at_equal.interval) if at_equal else "-"
-    return [name, interval(found.interval), found.verdict, signs, won, equal]
+    judged_by = len(found.per_seed)
+    what = found.verdict if judged_by == seeds else f"{judged_by} of {seeds} seeds"
+    return [name, interval(found.interval), what, signs, won, equal]
 
 
 def claim_section(worlds: Sequence[World], plan: Plan, claim: int) -> str:
     """Title, verdict, one table a world, the reasons, and the claim's figure."""
     found = [judged(world, plan, claim) for world in worlds]
-    parts = [f"## {claim}. {CLAIMS[claim]}: {verdict(found)}"]
+    parts = [f"## {claim}. {CLAIMS[claim]}: {verdict(found, len(plan.seeds))}"]
     header = ["contrast", "gold", "verdict", "by seed", "win %", "gold at equal KL"]
     for world, contrasts in zip(worlds, found, strict=True):
         pairs = {" - ".join(p): p for p in JUDGED.get(claim, []) + SHOWN.get(claim, [])}
-        lines = [contrast_line(world, n, c, pairs.get(n)) for n, c in contrasts.items() if not n.endswith("equal KL")]
+        lines = [
+            contrast_line(world, n, c, pairs.get(n), len(plan.seeds))
+            for n, c in contrasts.items()
+            if not n.endswith("equal KL")
+        ]
         shown = [(" - ".join(p), gold_contrast(world, p)) for p in SHOWN.get(claim, [])]
-        lines += [contrast_line(world, f"({name})", c, pairs[name]) for name, c in shown]
+        lines += [contrast_line(world, f"({name})", c, pairs[name], len(plan.seeds)) for name, c in shown]
         parts += [f"**{world.task}**", table(header, lines)]
     reasons = ROOT / "experiments" / "reasons" / f"claim-{claim}.md"
     if reasons.exists():
@@ -227,7 +233,9 @@ def write(plan: Plan) -> None:
     verdicts = []
     for claim, title in CLAIMS.items():
         found = [judged(world, plan, claim) for world in worlds]
-        verdicts.append([f"{claim}. {title}", verdict(found), *(verdict([f]) for f in found)])
+        verdicts.append(
+            [f"{claim}. {title}", *(verdict(f, len(plan.seeds)) for f in (found, *([one] for one in found)))]
+        )
     parts = ["# The claims, measured", provenance(plan)]
     reasons = ROOT / "experiments" / "reasons" / "summary.md"
     parts += ["## Verdicts", table(["claim", "verdict", *(w.task for w in worlds)], verdicts)]

@@ -137,12 +137,14 @@ def judged_as(value: float) -> Contrast:
 
 def test_a_claim_holds_fails_or_is_neither():
     up, down, open_ = judged_as(1.0), judged_as(-1.0), judged_as(0.0)
-    assert verdict([{"a": up, "b": up}, {"a": up, "b": up}]) == "holds"
-    assert verdict([{"a": up, "b": down}, {"a": up, "b": down}]) == "fails"
-    assert verdict([{"a": up, "b": down}, {"a": up, "b": up}]) == "mixed"
-    assert verdict([{"a": up}, {"a": open_}]) == "mixed"
-    assert verdict([{"a": open_}, {"a": open_}]) == "open"
-    assert verdict([{"a": up}, {"a": None}]) == "not run"
+    assert verdict([{"a": up, "b": up}, {"a": up, "b": up}], 1) == "holds"
+    assert verdict([{"a": up, "b": down}, {"a": up, "b": down}], 1) == "fails"
+    assert verdict([{"a": up, "b": down}, {"a": up, "b": up}], 1) == "mixed"
+    assert verdict([{"a": up}, {"a": open_}], 1) == "mixed"
+    assert verdict([{"a": open_}, {"a": open_}], 1) == "open"
+    assert verdict([{"a": None}, {"a": None}], 1) == "not run"
+    assert verdict([{"a": up}, {"a": None}], 1) == "unfinished"
+    assert verdict([{"a": up}, {"a": up}], 2) == "unfinished"
 
 
 def world(**methods) -> World:
