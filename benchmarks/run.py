@@ -198,7 +198,7 @@ def first_table(rows: Sequence[Row], peak: float) -> str:
         share = r["gflops"] / r["ours"]["seconds"] / peak
         memory = f"{r['ours']['step_mib']:.0f} / {r['peer']['step_mib']:.0f}"
         times = [f"{r[side]['seconds']:.3f}" for side in ("ours", "peer")]
-        most = "-" if share > 1 else f"{r['ratio'] / share:.1f}"  # bf16 has a peak of its own
+        most = "-" if "bf16" in r["name"] else f"{r['ratio'] / share:.1f}"  # whose peak is another
         what = [r["name"], *times, f"{r['ratio']:.2f}", f"{r['target']:g}{reached}", memory]
         lines.append([*what, f"{100 * share:.0f} %", most])
     return table(header, lines)

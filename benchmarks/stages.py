@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.run import write_page
-from experiments.grid import ROOT, machine
+from experiments.grid import ROOT, commit, machine
 from mpo.artifacts import read_json, read_manifest, write_json
 from mpo.config import run_plain
 from mpo.errors import InputError
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         raise InputError("usage: python -m benchmarks.stages RUN_BEFORE RUN_NOW")
     text = compare(Path(argv[0]), Path(argv[1]))
     out = ROOT / "bench.json"
-    found = read_json(out) | {"stages": {"table": f"Machine: {machine()}.\n\n{text}"}}
+    found = read_json(out) | {"stages": {"table": f"Machine: {machine()}. Commit: {commit()}.\n\n{text}"}}
     write_json(out, found)
     write_page(ROOT / "docs" / "benchmarks.md", found)
     print(text)

@@ -40,10 +40,14 @@ def failure(
     about = {"step": step, "what": error.what, "rows_to_blame": blamed, "save": str(save or ""), "batch": list(rows)}
     write_json(stage.out / "failure.json", about)
     shown = ", ".join(map(str, blamed[:3])) + (f" and {len(blamed) - 3} more" if len(blamed) > 3 else "")
-    again = f"; {save} has the weights before it, so that the same command shows it again" if save else ""
+    rows_of = f"rows {shown}" if blamed else "of the whole batch"
+    if save:
+        kept = f"no step was taken. {save} has the weights before it, so that the same command shows it again"
+    else:
+        kept = "it was not saved, and the same command goes on from the last save"
     return RunError(
-        f"{stage.name}: step {step}: {error.what} is not finite (rows {shown}); no step was taken. "
-        f"{stage.out / 'failure.json'} has the batch{again}. Lower --lr, or look at these rows"
+        f"{stage.name}: step {step}: {error.what} is not finite ({rows_of}); {kept}; {stage.out / 'failure.json'} has "
+        "the batch. Lower --lr, or look at these rows"
     )
 
 

@@ -29,13 +29,8 @@ from mpo.errors import InputError, Interrupted, RunError
 
 Numbers = dict[str, Any]  # what JSON can hold
 Optimiser = torch.optim.Optimizer
-CHANGES_NOTHING = {
-    "out",
-    "overwrite",
-    "threads",
-    "save_every",
-    "saves",
-}  # flags that a stage's result does not depend on
+# Flags that a stage's result does not depend on.
+CHANGES_NOTHING = {"out", "overwrite", "threads", "save_every", "saves"}
 SHARE = 0.05  # of the time at most is spent on saving
 
 

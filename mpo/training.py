@@ -165,7 +165,6 @@ def train(
     kept = milestones(len(batches), keep)
     bar = progress(range(done, len(batches)), stage.name, done)
     for step in bar:
-        numbers = {"recent": recent, "memory": memory.state() if memory else {}}
         try:
             metrics = accumulate(batches[step], losses_of, units, config.microbatch)
             lr = learning_rate(step, len(batches), config.lr, config.warmup, config.final_lr)

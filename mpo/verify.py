@@ -21,7 +21,6 @@ from mpo.reporting import table
 class Found:
     """What is known of one stage's folder."""
 
-    name: str
     manifest: dict[str, Any]
     faults: list[str] = field(default_factory=list)  # damaged or unfinished
     stale: list[str] = field(default_factory=list)
@@ -72,9 +71,9 @@ def look_at(folder: Path, stages: dict[Path, str]) -> Found:
     path = folder / "manifest.json"
     if not path.exists():
         saved = len(list((folder / SAVES).glob("step-*")))
-        return Found(folder.name, {}, [f"no manifest; {saved} saves to go on from"])
+        return Found({}, [f"no manifest; {saved} saves to go on from"])
     manifest = read_manifest(path)
-    found = Found(folder.name, manifest, check_outputs(folder, manifest["outputs"]))
+    found = Found(manifest, check_outputs(folder, manifest["outputs"]))
     for name, of in manifest["inputs"].items():
         where = current(Path(of["path"]), folder.parent)
         found.stale += check_input(name, where, of["sha256"])
@@ -83,26 +82,13 @@ def look_at(folder: Path, stages: dict[Path, str]) -> Found:
     return found
 
 
-def spread(stages: dict[str, Found]) -> None:
-    """What is made from something stale or damaged is stale; repeat until nothing changes."""
-    changed = True
-    while changed:
-        changed = False
-        for found in stages.values():
-            for parent in found.parents:
-                reason = f"made from {parent}, which is {stages[parent].state}"
-                if stages[parent].state != "good" and reason not in found.stale and found.manifest:
-                    bad = {r.split(",")[0] for r in found.stale}
-                    if reason.split(",")[0] not in bad:
-                        found.stale.append(reason)
-                        changed = True
-
-
-def chain(stages: dict[str, Found], name: str) -> list[str]:
-    """All that a stage was made from, first things first, and itself."""
+def chain(stages: dict[str, Found], name: str, below: tuple[str, ...] = ()) -> list[str]:
+    """All that a stage was made from, first things first, and itself. Errors: InputError where that is a circle."""
+    if name in below:
+        raise InputError(f"{name}: its manifest says that it was made from itself, by way of {', '.join(below)}")
     before: list[str] = []
     for parent in stages[name].parents:
-        before += [n for n in chain(stages, parent) if n not in before]
+        before += [n for n in chain(stages, parent, (*below, name)) if n not in before]
     return [*before, name]
 
 
@@ -113,8 +99,11 @@ def verify(run: Path) -> dict[str, Found]:
         raise InputError(f"{run}: holds no stage")
     by_path = {p.resolve(): p.name for p in folders}
     stages = {p.name: look_at(p, by_path) for p in folders}
-    spread(stages)
-    return {name: stages[name] for start in stages for name in chain(stages, start)}
+    stages = {name: stages[name] for start in stages for name in chain(stages, start)}
+    for found in stages.values():  # parents first, so that one pass is enough
+        states = {p: stages[p].state for p in found.parents}
+        found.stale += [f"made from {p}, which is {state}" for p, state in states.items() if state != "good"]
+    return stages
 
 
 def report(run: Path, stages: dict[str, Found]) -> str:
@@ -126,15 +115,12 @@ def report(run: Path, stages: dict[str, Found]) -> str:
         rows.append([name, found.state, files, seed, ", ".join(found.parents), "; ".join(found.faults + found.stale)])
     used = {p for name, found in stages.items() if name != "eval" for p in found.parents}
     lines = [table(["stage", "state", "files", "seed", "made from", ""], rows), ""]
-    for name in (
-        n for n, f in stages.items() if n not in used and "model.safetensors" in f.manifest.get("outputs", {})
-    ):
-        steps = [
-            f"{n} {f.manifest['outputs'].get('model.safetensors', '')[:8]}".strip()
-            for n, f in stages.items()
-            if n in chain(stages, name) and f.manifest
-        ]
-        lines.append(f"{run / name}: " + " -> ".join(steps))
+    for name, found in stages.items():
+        if name not in used and "model.safetensors" in found.manifest.get("outputs", {}):
+            hashes = {
+                n: stages[n].manifest.get("outputs", {}).get("model.safetensors", "") for n in chain(stages, name)
+            }
+            lines.append(f"{run / name}: " + " -> ".join(f"{n} {digest[:8]}".strip() for n, digest in hashes.items()))
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from mpo.artifacts import read_json, write_json
 from mpo.errors import InputError
 from mpo.verify import chain, verify
 from tests.conftest import ROOT, SMALL, run_script
@@ -73,6 +74,15 @@ def test_a_stage_that_was_made_anew_leaves_the_rest_stale(run):
 def test_a_run_that_was_moved_is_good(run, tmp_path):
     run.rename(tmp_path / "elsewhere")
     assert states(tmp_path / "elsewhere") == dict.fromkeys(ALL, "good")
+
+
+def test_a_circle_of_manifests_is_one_line(run):
+    for name, other in (("sft", "dpo"), ("dpo", "sft")):
+        manifest = read_json(run / name / "manifest.json")
+        manifest["inputs"] = {"model": {"path": str(run / other), "sha256": {}}}
+        write_json(run / name / "manifest.json", manifest)
+    with pytest.raises(InputError, match="made from itself"):
+        verify(run)
 
 
 def test_no_run_is_one_line(tmp_path):
