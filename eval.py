@@ -9,18 +9,19 @@ from typing import Any
 import torch
 
 from mpo import evaluation, reporting
-from mpo.artifacts import Stage, read_manifest, write_json, write_text
 from mpo.checkpoint import load_model, load_scalar
 from mpo.config import EvalConfig, run
 from mpo.data.batches import Pair, encode, make_batch
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
+from mpo.files import write_json, write_text
 from mpo.logprobs import compare
 from mpo.model import Llama, ScalarModel
 from mpo.progress import progress
 from mpo.randomness import generator
 from mpo.sampling import Sampling, generate
 from mpo.scoring import score
+from mpo.stage import Stage, read_manifest
 from mpo.tokenizer import Tokenizer, load_tokenizer
 from mpo.training import setup_torch
 from mpo.world import gold

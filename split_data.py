@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from mpo import evaluation
-from mpo.artifacts import Stage, hash_tree, write_text
 from mpo.checkpoint import load_scalar
 from mpo.config import SplitConfig, run
 from mpo.data.batches import Pair, encode
 from mpo.data.rows import read_rows, write_rows
 from mpo.errors import InputError
+from mpo.files import write_text
 from mpo.model import ScalarModel
 from mpo.scoring import score_all
 from mpo.split import Split, assign, control, gap_over_uncertainty, split_by_gap, threshold
+from mpo.stage import Stage, hash_tree
 from mpo.tokenizer import load_tokenizer
 from mpo.training import setup_torch
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo.artifacts import Stage
 from mpo.checkpoint import load_model, save_model
 from mpo.config import DPOConfig, run
 from mpo.data.batches import Pair, encode, pair_batch
@@ -19,6 +18,7 @@ from mpo.losses import PairLogps, pair_metrics
 from mpo.model import Llama
 from mpo.objective import parse_objective
 from mpo.progress import progress
+from mpo.stage import Stage
 from mpo.tokenizer import load_tokenizer
 from mpo.training import batches_of, setup_torch, short_rest, train
 

@@ -16,7 +16,6 @@ from torch import Tensor
 import kernels
 from kernels import Advantages
 from mpo import ppo
-from mpo.artifacts import Stage
 from mpo.checkpoint import load_model, load_scalar, save_model
 from mpo.config import PPOConfig, exact_div, run
 from mpo.data.batches import Pair, encode
@@ -30,7 +29,8 @@ from mpo.randomness import generator
 from mpo.rollout import Rollout, roll_out, rollout_metrics
 from mpo.sampling import Sampling
 from mpo.saves import Part, Saves
-from mpo.tokenizer import load_tokenizer
+from mpo.stage import Stage
+from mpo.tokenizer import Tokenizer, load_tokenizer
 from mpo.training import adamw, milestones, setup_torch
 
 
@@ -107,6 +107,15 @@ def load_learner(config: PPOConfig) -> Learner:
     return Learner(policy, adamw(policy, config.lr, 0.0, eps=1e-5), ref, critic)
 
 
+def load_prompts(config: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], dict[str, int]]:
+    """The rows whose prompts are sampled from, and how many were left out, by reason."""
+    everything = read_rows(config.prompts)
+    rows = everything[: config.limit or None]
+    pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
+    beyond = len(everything) - len(rows)
+    return pairs, counts | ({"dropped: beyond --limit": beyond} if beyond else {})
+
+
 def parts_of(learner: Learner, config: PPOConfig) -> dict[str, Part]:
     """What a save has to hold; the reference only where it moves."""
     parts = {"policy": Part(learner.policy, learner.optimiser)}
@@ -123,10 +132,7 @@ def main(config: PPOConfig) -> None:
     stage = Stage(config, inputs, config.out, config.overwrite)
     tokenizer, learner, rm = load_tokenizer(config.model), load_learner(config), load_scalar(config.rm)
     policy, ref, critic = learner.policy, learner.ref, learner.critic.model if learner.critic else None
-    everything = read_rows(config.prompts)
-    rows = everything[: config.limit or None]
-    pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
-    counts |= {"dropped: beyond --limit": len(everything) - len(rows)} if len(rows) < len(everything) else {}
+    pairs, counts = load_prompts(config, tokenizer)
     print(f"{stage.name}: prompts {counts}")
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
     kept = milestones(config.iterations, config.keep)

@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from mpo import evaluation
-from mpo.artifacts import Stage, write_json
 from mpo.checkpoint import load_model, save_model
 from mpo.config import RMConfig, run
 from mpo.data.batches import Pair, encode
 from mpo.data.rows import Row, read_jsonl, read_rows, text_field
 from mpo.errors import InputError
+from mpo.files import write_json
 from mpo.losses import bradley_terry, centring
 from mpo.model import ScalarModel, scalar_from
 from mpo.randomness import generator
 from mpo.reporting import interval
 from mpo.scoring import score_all, score_pairs
+from mpo.stage import Stage
 from mpo.tokenizer import Tokenizer, load_tokenizer
 from mpo.training import batches_of, setup_torch, short_rest, train
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpo.artifacts import Stage
 from mpo.checkpoint import load_model, save_model
 from mpo.config import SFTConfig, run
 from mpo.data.batches import Pair, encode, make_batch
@@ -17,6 +16,7 @@ from mpo.errors import InputError
 from mpo.logprobs import response_logprobs
 from mpo.model import PRESETS, Llama, initialise
 from mpo.randomness import generator
+from mpo.stage import Stage
 from mpo.tokenizer import Tokenizer, load_tokenizer
 from mpo.training import batches_of, setup_torch, short_rest, train
 

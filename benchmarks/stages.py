@@ -9,10 +9,11 @@ from pathlib import Path
 
 from benchmarks.run import write_page
 from experiments.grid import ROOT, commit, machine
-from mpo.artifacts import read_json, read_manifest, write_json
 from mpo.config import run_plain
 from mpo.errors import InputError
+from mpo.files import read_json, write_json
 from mpo.reporting import table
+from mpo.stage import read_manifest
 
 STAGES = ("data", "tokenizer", "sft", "rm", "split", "dpo", "mpo", "eval")
 

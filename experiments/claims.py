@@ -17,9 +17,9 @@ from itertools import groupby, product
 from experiments import page
 from experiments.grid import ROOT, Cell, make, read_results, run_cells
 from experiments.plan import FIRST_STAGE, FULL, REDUCED, TRIALS, TUNED, Plan
-from mpo.artifacts import read_json, write_json
 from mpo.config import parse, run_plain
 from mpo.errors import InputError
+from mpo.files import read_json, write_json
 
 GRIDS = ("tune", "main", "noise", "gamma", "pushed", "page")
 

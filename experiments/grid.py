@@ -19,9 +19,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mpo.artifacts import read_json
 from mpo.data.rows import read_jsonl
 from mpo.errors import InputError
+from mpo.files import read_json
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = 400

@@ -31,8 +31,8 @@ from experiments.judgement import (
 )
 from experiments.plan import FIRST_STAGE, Plan
 from experiments.statistics import Contrast, column, hierarchical_bootstrap, win
-from mpo.artifacts import read_json, write_text
 from mpo.errors import InputError
+from mpo.files import read_json, write_text
 from mpo.reporting import interval, percent, table
 
 UNITS = dict.fromkeys((*FIRST_STAGE, "dpo-long", "dpo-all-long", "ppo-long"), 2) | {"sft": 0}

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpo.artifacts import read_json, whole, write_json
 from mpo.errors import InputError
+from mpo.files import read_json, whole, write_json
 from mpo.model import Llama, LlamaConfig, ScalarModel, rotary_frequencies
 
 M = TypeVar("M", Llama, ScalarModel)

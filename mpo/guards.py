@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo.artifacts import Stage, write_json
 from mpo.errors import RunError
+from mpo.files import write_json
+from mpo.stage import Stage
 
 
 class NotFinite(Exception):

@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpo import interrupts
-from mpo.artifacts import SAVES, Stage, sync, whole
 from mpo.config import Training
 from mpo.errors import InputError, Interrupted, RunError
+from mpo.files import sync, whole
+from mpo.stage import SAVES, Stage
 
 Numbers = dict[str, Any]  # what JSON can hold
 Optimiser = torch.optim.Optimizer

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from mpo.artifacts import write_bytes, write_json
 from mpo.errors import InputError
+from mpo.files import write_bytes, write_json
 
 LARGEST = 256 << 20  # bytes
 

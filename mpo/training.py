@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from mpo.artifacts import Stage
 from mpo.checkpoint import save_model
 from mpo.config import Common, Training, exact_div
 from mpo.data.batches import Pair, shuffled_batches
@@ -21,6 +20,7 @@ from mpo.guards import NotFinite, failure, require_finite
 from mpo.model import Llama, ScalarModel
 from mpo.progress import progress
 from mpo.saves import Part, Saves
+from mpo.stage import Stage
 
 Metrics = dict[str, Tensor]
 Losses = Callable[[list[Pair]], tuple[Tensor, Metrics]]

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpo.artifacts import SAVES, hash_tree, read_manifest, sha256
 from mpo.config import run_plain
 from mpo.errors import InputError
+from mpo.files import sha256
 from mpo.reporting import table
+from mpo.stage import SAVES, hash_tree, read_manifest
 
 
 @dataclass

@@ -21,9 +21,9 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from mpo import artifacts
-from mpo.artifacts import sha256
+from mpo import files
 from mpo.config import DPOConfig, PPOConfig, RMConfig, SFTConfig, run
+from mpo.files import sha256
 
 PPO = "--batch 8 --minibatch 4 --microbatch 4 --max_new 10 --critic_warmup 1"
 MODELS = "--prompts {run}/split/prompts.jsonl --model {run}/dpo --ref {run}/sft --rm {run}/rm"
@@ -142,7 +142,7 @@ def at_every_point_of_a_save(stage: str, base: Path, work: Path) -> dict[str, An
 
     def die_at(call: int) -> Any:
         """SIGKILL at the call-th step of any write from now on; half of the file is there at the first of three."""
-        count, sync, replace = [0], artifacts.sync, Path.replace
+        count, sync, replace = [0], files.sync, Path.replace
 
         def step(path: Path) -> None:
             count[0] += 1
@@ -160,7 +160,7 @@ def at_every_point_of_a_save(stage: str, base: Path, work: Path) -> dict[str, An
             return replace(self, target)
 
         def patch() -> None:
-            artifacts.sync, Path.replace = patched_sync, patched_replace  # type: ignore[method-assign, assignment]
+            files.sync, Path.replace = patched_sync, patched_replace  # type: ignore[method-assign, assignment]
 
         return patch
 

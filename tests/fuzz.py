@@ -26,13 +26,13 @@ from typing import Any
 
 import prepare_data
 from mpo import config as configs
-from mpo.artifacts import write_json
 from mpo.checkpoint import load_model, load_scalar, save_model
 from mpo.config import DataConfig, DPOConfig, parse
 from mpo.data import hh, tldr
 from mpo.data.batches import encode
 from mpo.data.rows import read_rows, write_rows
 from mpo.errors import InputError
+from mpo.files import write_json
 from mpo.model import scalar_from
 from mpo.objective import parse_objective
 from mpo.randomness import generator
@@ -208,7 +208,7 @@ def losses(ground: Ground, draw: random.Random) -> None:
 
 def saves(ground: Ground, draw: random.Random) -> None:
     """The saves of an interrupted stage: what is damaged is left out, and the stage begins again."""
-    from mpo.artifacts import Stage
+    from mpo.stage import Stage
 
     out = ground.folder / "stage"
     shutil.rmtree(out, ignore_errors=True)

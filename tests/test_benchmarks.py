@@ -13,7 +13,7 @@ import torch
 from benchmarks import run, stages
 from benchmarks import workload as w
 from benchmarks.run import Worker
-from mpo.artifacts import write_json
+from mpo.files import write_json
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1} | {
     "num_attention_heads": 2,

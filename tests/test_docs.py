@@ -9,10 +9,10 @@ import pytest
 
 import train_dpo
 from mpo import losses
-from mpo.artifacts import read_json
 from mpo.checkpoint import save_model
 from mpo.config import DPOConfig, parse
 from mpo.data.rows import write_rows
+from mpo.files import read_json
 from mpo.losses import PREFERENCE_LOSSES
 from mpo.world import hh
 from mpo.world.build import ANNOTATORS, NEAR, build

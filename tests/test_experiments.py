@@ -15,9 +15,9 @@ from experiments.grid import Cell, read_results, run_cells
 from experiments.judgement import World, collapsed, fall, verdict
 from experiments.plan import FIRST_STAGE, FULL, REDUCED, TRIALS, TUNED
 from experiments.statistics import Contrast
-from mpo.artifacts import write_json
 from mpo.config import parse
 from mpo.errors import InputError
+from mpo.files import write_json
 from tests.conftest import ROOT
 
 

@@ -12,11 +12,12 @@ import sys
 import pytest
 import torch
 
-from mpo.artifacts import Stage, read_json
 from mpo.config import DPOConfig
 from mpo.data.batches import encode
 from mpo.errors import RunError
+from mpo.files import read_json
 from mpo.guards import NotFinite, collapses, require_finite
+from mpo.stage import Stage
 from mpo.training import batches_of, train
 from mpo.world.build import build
 from tests.conftest import ROOT, SMALL, run_script, small_model

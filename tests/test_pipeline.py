@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mpo.artifacts import read_json, sha256
 from mpo.checkpoint import load_scalar
 from mpo.data.batches import encode
 from mpo.data.rows import read_rows
+from mpo.files import read_json, sha256
 from mpo.scoring import score_all
 from mpo.tokenizer import load_tokenizer
 from tests.conftest import ROOT, SMALL, STORIES, needs_stories, run_pipeline, run_script

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from mpo.artifacts import Stage
 from mpo.config import SFTConfig
 from mpo.data.batches import encode, make_batch
 from mpo.errors import InputError
 from mpo.guards import NotFinite
 from mpo.logprobs import response_logprobs
+from mpo.stage import Stage
 from mpo.training import batches_of, learning_rate, optimiser_step, train
 from mpo.world.build import build
 from tests.conftest import small_model

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from mpo.artifacts import read_json, write_json
 from mpo.errors import InputError
+from mpo.files import read_json, write_json
 from mpo.verify import chain, verify
 from tests.conftest import ROOT, SMALL, run_script
 
