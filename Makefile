@@ -20,6 +20,7 @@
 #   KERNELS reference: plain torch everywhere; else the fastest implementation here (kernels/)
 #   POLICIES  what to train and compare, by folder (schedules.mk); the first one is the baseline
 #   BF16=1  matrix products in bf16, with fp32 weights and sums: faster where the processor has them
+#   NPROC   processes for every stage that computes with a model; SHARD=1: none keeps all of it (FSDP2)
 #   QUICK=1 a smoke test: seconds a stage, and numbers that mean nothing
 # More flags for one stage: SFT_FLAGS="--epochs 1", RM_FLAGS, SPLIT_FLAGS, DPO_FLAGS, PPO_FLAGS, ...,
 # or for one folder: dpo-all_FLAGS="--beta 0.1"
@@ -34,8 +35,12 @@ FROM  ?=
 POLICIES ?= sft dpo mpo
 RMS   ?= rm
 STAGE ?= mpo
+NPROC ?= 1
+SHARD ?=
 QUICK ?=
 BF16  ?=
+
+$(if $(or $(findstring =,$(RUN)),$(filter-out 1,$(words $(RUN)))),$(error RUN=$(RUN): must be one word without an equals sign))
 
 ifdef KERNELS
 export MPO_KERNELS := $(KERNELS)
@@ -89,7 +94,9 @@ share = mkdir -p $(RUN)/.flags; for done in $(FROM)/*/$(DONE); do \
 	    stage=$$(basename $$(dirname $$done)); [ -e $(RUN)/$$stage ] || [ $$stage = eval ] || { \
 	    ln -s $$(realpath $(FROM)/$$stage) $(RUN)/$$stage; cp -p $(FROM)/.flags/$$stage $(RUN)/.flags/; }; done
 
+# NPROC and SHARD are no flags of a stage: the result does not depend on them, but for rounding.
 stage = $(PY) $(1) --out $(@D) --overwrite true --seed $(SEED)
+many  = $(call stage,$(if $(filter-out 1,$(NPROC)),-m mpo.launch $(NPROC)) $(1)) $(if $(SHARD),--shard true)
 
 # --- the stages -------------------------------------------------------------------------------
 
@@ -103,26 +110,26 @@ $(RUN)/tokenizer/$(DONE): $(RUN)/.flags/tokenizer $(RUN)/data/$(DONE) $(checkpoi
 	@$(call stage,train_tokenizer.py) --data $(RUN)/data $(tokenizer_args)
 
 $(RUN)/sft/$(DONE): $(RUN)/.flags/sft $(RUN)/data/$(DONE) $(RUN)/tokenizer/$(DONE) $(checkpoint)
-	@$(call stage,train_sft.py) --data $(RUN)/data --tokenizer $(RUN)/tokenizer $(sft_args)
+	@$(call many,train_sft.py) --data $(RUN)/data --tokenizer $(RUN)/tokenizer $(sft_args)
 
 $(RUN)/rm/$(DONE): $(RUN)/.flags/rm $(RUN)/data/$(DONE) $(RUN)/sft/$(DONE)
-	@$(call stage,train_rm.py) --data $(RUN)/data --model $(RUN)/sft $(rm_args)
+	@$(call many,train_rm.py) --data $(RUN)/data --model $(RUN)/sft $(rm_args)
 
 # rm-2, rm-3, ...: the same with another seed
 define reward_model
 $(1)_args = $$(rm_args)
 $$(RUN)/$(1)/$$(DONE): $$(RUN)/.flags/$(1) $$(RUN)/data/$$(DONE) $$(RUN)/sft/$$(DONE)
-	@$$(call stage,train_rm.py) --data $$(RUN)/data --model $$(RUN)/sft --seed $$(SEED)0$(1:rm-%=%) $$($(1)_args)
+	@$$(call many,train_rm.py) --data $$(RUN)/data --model $$(RUN)/sft --seed $$(SEED)0$(1:rm-%=%) $$($(1)_args)
 endef
 $(foreach r,$(filter rm-%,$(RMS)),$(eval $(call reward_model,$(r))))
 
 $(RUN)/split/$(DONE): $(RUN)/.flags/split $(RUN)/data/$(DONE) $(RMS:%=$(RUN)/%/$(DONE))
-	@$(call stage,split_data.py) --data $(RUN)/data --rm $(RUN)/rm $(split_args)
+	@$(call many,split_data.py) --data $(RUN)/data --rm $(RUN)/rm $(split_args)
 
 include schedules.mk
 
 $(RUN)/eval/$(DONE): $(RUN)/.flags/eval $(foreach s,data rm split $(POLICIES),$(RUN)/$(s)/$(DONE))
-	@$(call stage,eval.py) --data $(RUN)/data --rm $(RUN)/rm --split $(RUN)/split $(eval_args)
+	@$(call many,eval.py) --data $(RUN)/data --rm $(RUN)/rm --split $(RUN)/split $(eval_args)
 
 # One policy without an evaluation: make policy-reversed
 policy-%: .venv/.ready

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mpo import evaluation, reporting
 from mpo.checkpoint import load_model, load_scalar
@@ -20,7 +21,7 @@ from mpo.model import Llama, ScalarModel
 from mpo.progress import progress
 from mpo.randomness import generator
 from mpo.sampling import Sampling, generate
-from mpo.scoring import score
+from mpo.scoring import each_batch, score
 from mpo.stage import Stage, read_manifest
 from mpo.tokenizer import Tokenizer, load_tokenizer
 from mpo.training import setup_torch
@@ -38,7 +39,6 @@ def policies(text: str) -> dict[str, str]:
     return named
 
 
-@torch.no_grad()
 def sample(
     name: str,
     policy: Llama,
@@ -51,14 +51,19 @@ def sample(
     """One response per prompt with all that is measured on it; the same draws for every policy."""
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
     found = []
+
+    def look(sequences: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        batch = make_batch(sequences)
+        kl = compare(policy, base, batch, config.temperature or 1.0).kl.sum(1)
+        return torch.stack((score(rm, batch), kl), 1)  # (b, 2)
+
     for start in progress(range(0, len(pairs), config.batch), f"sample {name}", leave=False):
         part = pairs[start : start + config.batch]
         prompts = [p.prompt for p in part]
         draw = generator(config.seed, "eval", start)
         samples = generate(policy, prompts, sampling, draw)
-        batch = make_batch(list(zip(prompts, samples.responses, strict=True)))
-        tokens = compare(policy, base, batch, config.temperature or 1.0)
-        rewards, kl = score(rm, batch), tokens.kl.sum(1)
+        sequences = list(zip(prompts, samples.responses, strict=True))
+        rewards, kl = each_batch(sequences, config.batch, "measure", look).T
         for i, pair in enumerate(part):
             text = tokenizer.decode(samples.responses[i])
             found.append(
@@ -78,29 +83,25 @@ def sample(
     return found
 
 
-@torch.no_grad()
 def dataset_responses(rm: ScalarModel, tokenizer: Tokenizer, pairs: Sequence[Pair], batch: int) -> list[dict[str, Any]]:
     """The data set's chosen responses, measured like a policy's."""
-    found = []
-    for start in range(0, len(pairs), batch):
-        part = pairs[start : start + batch]
-        rewards = score(rm, make_batch([(p.prompt, p.chosen) for p in part]))
-        for pair, reward in zip(part, rewards, strict=True):
-            row = pair.row
-            found.append(
-                {
-                    "id": row.id,
-                    "domain": row.domain,
-                    "prompt": row.prompt,
-                    "response": row.chosen,
-                    "ids": pair.chosen,
-                    "reward": float(reward),
-                    "words": len(row.chosen.split()),
-                    "tokens": len(pair.chosen),
-                    "finished": True,
-                }
-            )
-    return found
+    rewards = each_batch(
+        pairs, batch, "measure", lambda part: score(rm, make_batch([(p.prompt, p.chosen) for p in part]))
+    )
+    return [
+        {
+            "id": pair.row.id,
+            "domain": pair.row.domain,
+            "prompt": pair.row.prompt,
+            "response": pair.row.chosen,
+            "ids": pair.chosen,
+            "reward": float(reward),
+            "words": len(pair.row.chosen.split()),
+            "tokens": len(pair.chosen),
+            "finished": True,
+        }
+        for pair, reward in zip(pairs, rewards, strict=True)
+    ]
 
 
 def add_gold(responses: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ define dpo
 $(strip $(1))_args = $$(any_dpo_args) $(4) $$($(strip $(1))_FLAGS)
 $$(RUN)/$(strip $(1))/$$(DONE): $$(RUN)/.flags/$(strip $(1)) \
     $$(RUN)/$(firstword $(subst /, ,$(3)))/$$(DONE) $$(RUN)/$(strip $(2))/$$(DONE)
-	@$$(call stage,train_dpo.py) --data $$(RUN)/$(strip $(3)) --model $$(RUN)/$(strip $(2)) $$($(strip $(1))_args)
+	@$$(call many,train_dpo.py) --data $$(RUN)/$(strip $(3)) --model $$(RUN)/$(strip $(2)) $$($(strip $(1))_args)
 endef
 
 # $(1) folder, $(2) model, $(3) reference, $(4) prompts, $(5) flags
@@ -15,7 +15,7 @@ $(strip $(1))_args = $$(any_ppo_args) $(5) $$($(strip $(1))_FLAGS)
 $$(RUN)/$(strip $(1))/$$(DONE): $$(RUN)/.flags/$(strip $(1)) \
     $$(RUN)/$(firstword $(subst /, ,$(4)))/$$(DONE) $$(RUN)/$(strip $(2))/$$(DONE) \
     $$(RUN)/$(strip $(3))/$$(DONE) $$(RUN)/rm/$$(DONE)
-	@$$(call stage,train_ppo.py) --prompts $$(RUN)/$(strip $(4)) --model $$(RUN)/$(strip $(2)) \
+	@$$(call many,train_ppo.py) --prompts $$(RUN)/$(strip $(4)) --model $$(RUN)/$(strip $(2)) \
 	    --ref $$(RUN)/$(strip $(3)) --rm $$(RUN)/rm $$($(strip $(1))_args)
 endef
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mpo import parallel
 from mpo.checkpoint import load_model, save_model
 from mpo.config import DPOConfig, run
 from mpo.data.batches import Pair, encode, pair_batch
@@ -17,7 +19,7 @@ from mpo.logprobs import sequence_logps
 from mpo.losses import PairLogps, pair_metrics
 from mpo.model import Llama
 from mpo.objective import parse_objective
-from mpo.progress import progress
+from mpo.scoring import each_batch
 from mpo.stage import Stage
 from mpo.tokenizer import load_tokenizer
 from mpo.training import batches_of, setup_torch, short_rest, train
@@ -26,16 +28,15 @@ RefLogps = dict[str, tuple[float, float]]
 TIE = 1e-3  # nats by which the log-probs of one model, computed twice, may differ
 
 
-@torch.no_grad()
 def reference_logps(ref: Llama, pairs: list[Pair], batch: int) -> RefLogps:
     """Log-probs of both responses under the reference, once, by row id."""
     ref.eval()
-    cache: RefLogps = {}
-    for start in progress(range(0, len(pairs), batch), "reference", leave=False):
-        part = pairs[start : start + batch]
-        chosen, rejected = sequence_logps(ref, pair_batch(part)).chunk(2)
-        cache |= {p.row.id: (float(c), float(r)) for p, c, r in zip(part, chosen, rejected, strict=True)}
-    return cache
+
+    def both(part: Sequence[Pair]) -> Tensor:
+        return torch.stack(sequence_logps(ref, pair_batch(part)).chunk(2), 1)  # (b, 2)
+
+    found = each_batch(pairs, batch, "reference", both).tolist()
+    return {pair.row.id: (chosen, rejected) for pair, (chosen, rejected) in zip(pairs, found, strict=True)}
 
 
 def pair_logps(model: Llama, pairs: list[Pair], cache: RefLogps, mean_log_ratio: float = 0.0) -> PairLogps:
@@ -55,7 +56,7 @@ def pair_logps(model: Llama, pairs: list[Pair], cache: RefLogps, mean_log_ratio:
 
 
 class RunningMean:
-    """Mean over all whole batches so far, so that it does not depend on the microbatch (for bco_pair)."""
+    """Mean over all whole batches so far, so that it depends on no microbatch or process (for bco_pair)."""
 
     def __init__(self, batch: int):
         self.batch, self.value, self.count, self.waiting = batch, 0.0, 0, list[float]()
@@ -63,9 +64,10 @@ class RunningMean:
     def add(self, values: Tensor) -> None:
         """Add a microbatch; it counts once its batch is complete."""
         self.waiting += values.tolist()
-        if len(self.waiting) == self.batch:
+        if len(self.waiting) * parallel.count() == self.batch:
             self.count += self.batch
-            self.value += (sum(self.waiting) - self.batch * self.value) / self.count
+            total = parallel.sums({"values": sum(self.waiting)})["values"]
+            self.value += (total - self.batch * self.value) / self.count
             self.waiting.clear()
 
     def state(self) -> dict[str, Any]:
@@ -88,8 +90,10 @@ def main(config: DPOConfig) -> None:
     """Load, cache the reference, train, save."""
     setup_torch(config)
     objective = parse_objective(config.loss, config.beta)
-    if objective.whole_batch and config.microbatch != config.batch:
-        raise InputError(f"--loss {config.loss}: compares the pairs of a batch; set --microbatch to --batch")
+    if objective.whole_batch and (config.microbatch != config.batch or parallel.count() > 1):
+        raise InputError(
+            f"--loss {config.loss}: compares the pairs of a batch; set --microbatch to --batch, in one process"
+        )
     if objective.reference_free and config.ref:
         raise InputError(f"--loss {config.loss}: needs no reference; leave out --ref {config.ref}")
     inputs = {"data": config.data, "model": config.model} | ({"ref": config.ref} if config.ref else {})

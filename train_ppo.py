@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from kernels import Advantages
-from mpo import ppo
+from mpo import parallel, ppo
 from mpo.checkpoint import load_model, load_scalar, save_model
 from mpo.config import PPOConfig, exact_div, run
 from mpo.data.batches import Pair, encode
@@ -24,7 +23,7 @@ from mpo.errors import InputError
 from mpo.guards import NotFinite, collapses, failure
 from mpo.model import Llama, ValueHead
 from mpo.ppo_update import Critic, Learner, Update, update
-from mpo.progress import progress
+from mpo.progress import note, progress
 from mpo.randomness import generator
 from mpo.rollout import Rollout, roll_out, rollout_metrics
 from mpo.sampling import Sampling
@@ -85,13 +84,15 @@ def warn(stage: Stage, iteration: int, state: dict[str, Any]) -> dict[str, str]:
     """Say once of each sign of collapse that it has come; returns all so far, by name."""
     new = {k: v for k, v in collapses(state["last"], state["first"]).items() if k not in state["warnings"]}
     for words in new.values():
-        print(f"\n{stage.name}: warning: rollout {iteration}: {words}", file=sys.stderr)
+        note(f"\n{stage.name}: warning: rollout {iteration}: {words}")
     return state["warnings"] | {k: f"rollout {iteration}: {v}" for k, v in new.items()}
 
 
 @torch.no_grad()
 def follow(ref: Llama, policy: Llama, rate: float) -> None:
     """Move the reference towards the policy: ref <- (1 - rate) ref + rate policy."""
+    parallel.settle(ref)
+    parallel.settle(policy)
     for r, p in zip(ref.parameters(), policy.parameters(), strict=True):
         r.lerp_(p, rate)
 
@@ -99,9 +100,11 @@ def follow(ref: Llama, policy: Llama, rate: float) -> None:
 def load_learner(config: PPOConfig) -> Learner:
     """Policy, reference and critic, with their optimisers."""
     policy, ref = load_model(config.model), load_model(config.ref).requires_grad_(False)
+    parallel.learns(policy)
     critic = None
     if config.advantage == "gae":
         value_model = ValueHead(policy.config.hidden_size) if config.shared_critic else load_scalar(config.rm)
+        parallel.learns(value_model)
         weight = config.value_coef if config.shared_critic else 1.0
         critic = Critic(value_model, adamw(value_model, config.critic_lr, 0.0, eps=1e-5), weight)
     return Learner(policy, adamw(policy, config.lr, 0.0, eps=1e-5), ref, critic)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from mpo import evaluation
-from mpo.checkpoint import load_model, save_model
+from mpo.checkpoint import save_model, scalar_from
 from mpo.config import RMConfig, run
 from mpo.data.batches import Pair, encode
 from mpo.data.rows import Row, read_jsonl, read_rows, text_field
 from mpo.errors import InputError
 from mpo.files import write_json
 from mpo.losses import bradley_terry, centring
-from mpo.model import ScalarModel, scalar_from
+from mpo.model import ScalarModel
 from mpo.randomness import generator
 from mpo.reporting import interval
 from mpo.scoring import score_all, score_pairs
@@ -88,7 +88,7 @@ def main(config: RMConfig) -> None:
     setup_torch(config)
     stage = Stage(config, {"data": config.data, "model": config.model}, config.out, config.overwrite)
     tokenizer = load_tokenizer(config.model)
-    rm = scalar_from(load_model(config.model), generator(config.seed, "head"))
+    rm = scalar_from(config.model, generator(config.seed, "head"))
     splits, counts = {}, {}
     for split in ("train", "test"):
         rows = read_rows(Path(config.data) / f"{split}.jsonl")

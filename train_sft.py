@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from mpo import parallel
 from mpo.checkpoint import load_model, save_model
 from mpo.config import SFTConfig, run
 from mpo.data.batches import Pair, encode, make_batch
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
-from mpo.logprobs import response_logprobs
+from mpo.logprobs import response_logprobs, sequence_logps
 from mpo.model import PRESETS, Llama, initialise
 from mpo.randomness import generator
+from mpo.scoring import each_batch
 from mpo.stage import Stage
 from mpo.tokenizer import Tokenizer, load_tokenizer
 from mpo.training import batches_of, setup_torch, short_rest, train
@@ -34,7 +36,7 @@ def starting_model(config: SFTConfig, tokenizer: Tokenizer) -> Llama:
             )
         )
         initialise(model, generator(config.seed, "init"))
-        return model
+        return parallel.shard(model)
     model = load_model(config.model)
     if model.config.vocab_size < tokenizer.size:
         raise InputError(
@@ -51,15 +53,15 @@ def sequence(pair: Pair, loss_on: str) -> tuple[list[int], list[int]]:
     return pair.prompt[:1], pair.prompt[1:] + pair.chosen
 
 
-@torch.no_grad()
 def held_out_loss(model: Llama, pairs: list[Pair], batch: int) -> float:
     """Mean negative log-prob of the chosen responses' tokens."""
     model.eval()
-    total, tokens = 0.0, 0
-    for start in range(0, len(pairs), batch):
-        lp = response_logprobs(model, make_batch([(p.prompt, p.chosen) for p in pairs[start : start + batch]]))
-        total, tokens = total - float(lp.logp.sum()), tokens + int(lp.mask.sum())
-    return total / tokens
+
+    def logps(part: Sequence[Pair]) -> Tensor:
+        return sequence_logps(model, make_batch([(p.prompt, p.chosen) for p in part]))
+
+    total = each_batch(pairs, batch, "held out", logps).double().sum()
+    return -float(total) / sum(len(p.chosen) for p in pairs)
 
 
 def main(config: SFTConfig) -> None:

@@ -7,6 +7,7 @@ compute exactly (biases, sliding windows, other architectures) is refused by nam
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpo import parallel
 from mpo.errors import InputError
 from mpo.files import read_json, whole, write_json
-from mpo.model import Llama, LlamaConfig, ScalarModel, rotary_frequencies
+from mpo.model import Llama, LlamaConfig, ScalarModel, new_score_head, rotary_frequencies
 
 M = TypeVar("M", Llama, ScalarModel)
 SHARD_BYTES = 4 << 30
@@ -111,19 +113,18 @@ def save_model(folder: Path, model: Llama | ScalarModel, shard_bytes: int = SHAR
     `score.weight`; its `score_mean` and `score_std` are ours.
     """
     causal = isinstance(model, Llama)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    parallel.settle(model)
+    tensors: dict[str, Tensor] = {name: t.detach() for name, t in model.state_dict().items()}
     if causal and model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[list[str]] = [[]]
     for name, t in tensors.items():
-        held = sum(x.numel() * x.element_size() for x in shards[-1].values())
+        held = sum(tensors[n].numel() * tensors[n].element_size() for n in shards[-1])
         if shards[-1] and held + t.numel() * t.element_size() > shard_bytes:
-            shards.append({})
-        shards[-1][name] = t
+            shards.append([])
+        shards[-1].append(name)
     for i, shard in enumerate(shards):
-        file = _shard_name(i, len(shards))
-        with whole(folder / file) as partial:
-            save_file(shard, partial, metadata={"format": "pt"})
+        _write_shard(folder / _shard_name(i, len(shards)), {name: tensors[name] for name in shard})
     if len(shards) > 1:
         where = {name: _shard_name(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
         size = sum(t.numel() * t.element_size() for t in tensors.values())
@@ -132,6 +133,14 @@ def save_model(folder: Path, model: Llama | ScalarModel, shard_bytes: int = SHAR
         folder / "config.json",
         config_to_json(model.config, "LlamaForCausalLM" if causal else "MPOScalarModel"),
     )
+
+
+def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """All processes bring their parts together, and the first one writes."""
+    complete = {name: parallel.whole(t) for name, t in tensors.items()}
+    if parallel.first():
+        with whole(path) as partial:
+            save_file({name: t.cpu().contiguous() for name, t in complete.items()}, partial, {"format": "pt"})
 
 
 def _shard_name(i: int, count: int) -> str:
@@ -182,14 +191,15 @@ class Tensors:
         return tensor.to(torch.float32, copy=True)  # else it would be the file, mapped
 
 
-def _load(kind: type[M], folder: Path) -> M:
-    """A model from a folder: shapes are compared before anything of its size is allocated."""
+def _load(kind: type[M], folder: Path, new: Callable[[LlamaConfig], dict[str, Tensor]] = lambda config: {}) -> M:
+    """A model from a folder, but for `new` weights: shapes are compared before anything of its size is allocated."""
     config, tensors = config_from_json(folder / "config.json"), Tensors(folder)
     if config.num_hidden_layers > len(tensors.where):
         raise InputError(f"{folder}: config.json says {config.num_hidden_layers} layers, the files hold fewer tensors")
     with torch.device("meta"):
         model = kind(config)
-    wanted: dict[str, Tensor] = dict(model.state_dict())
+    given = new(config)
+    wanted = {name: t for name, t in model.state_dict().items() if name not in given}
     tied = isinstance(model, Llama) and config.tie_word_embeddings
     if tied:
         del wanted["lm_head.weight"]
@@ -203,7 +213,11 @@ def _load(kind: type[M], folder: Path) -> M:
             raise InputError(f"{where}: {name} is {found}, config.json says {expected}")
     if missing := wanted.keys() - tensors.where.keys():
         raise InputError(f"{folder}: lacks {len(missing)} tensors, first {min(missing)!r}")
-    model.load_state_dict({name: tensors.read(name) for name in wanted}, strict=False, assign=True)
+    parallel.shard(model)
+    for name, empty in model.state_dict().items():
+        if name in wanted or name in given:
+            read = given[name] if name in given else tensors.read(name)
+            model.load_state_dict({name: parallel.part_like(read, empty)}, strict=False, assign=True)
     if isinstance(model, Llama) and tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.frequencies = rotary_frequencies(config)
@@ -221,3 +235,8 @@ def load_model(folder: str | Path) -> Llama:
 def load_scalar(folder: str | Path) -> ScalarModel:
     """Load a scalar model (reward model or critic) that `save_model` wrote."""
     return _load(ScalarModel, Path(folder))
+
+
+def scalar_from(folder: str | Path, generator: torch.Generator) -> ScalarModel:
+    """A scalar model with an untrained head on the trunk of a folder's language model."""
+    return _load(ScalarModel, Path(folder), lambda config: new_score_head(config, generator))

@@ -10,15 +10,17 @@ import argparse
 import difflib
 import inspect
 import math
+import os
 import re
 import sys
+import time
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from mpo import interrupts
+from mpo import interrupts, parallel
 from mpo.errors import Ending, InputError, RunError
 
 C = TypeVar("C")
@@ -42,6 +44,7 @@ class Limits(Common):
     max_prompt: int = 384  # prompt tokens with BOS; the oldest turns of a longer dialogue are cut
     max_response: int = 128  # response tokens with EOS; a row with a longer response is dropped
     bf16: bool = False  # round what matrix products multiply to bf16; weights and sums stay fp32
+    shard: bool = False  # with several processes, each keeps a part of every weight (FSDP2), not a copy (DDP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,17 +279,33 @@ def run(main: Callable[[Any], None], cls: type[C]) -> None:
 
 def run_plain(main: Callable[[list[str]], None]) -> None:
     """Run a program on its arguments; whatever ends it early is one line and an exit status (errors.py)."""
-    program = Path(sys.argv[0]).name
     interrupts.install()
     try:
         main(sys.argv[1:])
+        parallel.stop()
     except Ending as e:
-        said = {InputError: "error: ", RunError: "stopped: "}.get(type(e), "")
-        print(f"{program}: {said}{e}", file=sys.stderr)
-        sys.exit(e.status)
+        _end({InputError: "error: ", RunError: "stopped: "}.get(type(e), "") + str(e), e.status)
     except OSError as e:
-        print(f"{program}: stopped: {e.filename or 'a file'}: {e.strerror or e}", file=sys.stderr)
-        sys.exit(1)
+        _end(f"stopped: {e.filename or 'a file'}: {e.strerror or e}", 1)
+    except RuntimeError as e:
+        if not parallel.lost_another(e):
+            raise
+        if "MPO_LAUNCHED" in os.environ:  # launch.py says who died, when it has noticed
+            interrupts.ignore()
+            time.sleep(2)
+            os._exit(1)
+        _end("stopped: another process of this job has ended; the same command goes on from the last save", 1)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    """The last words of this program; of several processes only one says why they ended."""
+    interrupts.ignore()
+    if parallel.may_speak_last():
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if parallel.count() > 1:
+        os._exit(status)  # the others cannot be waited for
+    sys.exit(status)
 
 
 def exact_div(whole: int, part: int, names: str) -> int:

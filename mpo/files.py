@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from mpo import parallel
 from mpo.errors import InputError, RunError
 
 LARGEST_JSON = 64 << 20  # bytes: no index or manifest is larger
@@ -34,8 +36,43 @@ def whole(path: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as e:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        reason = (isinstance(e, OSError) and e.strerror) or e
-        raise RunError(f"{path}: cannot be written ({reason}); nothing was overwritten") from None
+        raise RunError(f"{path}: cannot be written ({_reason(e)}); nothing was overwritten") from None
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder of files, which all processes fill together; one that is there already stays as it is.
+
+    Errors: RunError where it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        parallel.from_first(lambda: _empty_folder(partial))
+        yield partial
+        parallel.from_first(lambda: _name_folder(partial, path))
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"{path}: cannot be written ({_reason(e)}); nothing was overwritten") from None
+
+
+def _empty_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _name_folder(partial: Path, path: Path) -> None:
+    """Once all of it is on the disk."""
+    for file in (*partial.iterdir(), partial):
+        sync(file)
+    if path.exists():
+        shutil.rmtree(partial)
+    else:
+        partial.replace(path)
+    sync(path.parent)
+
+
+def _reason(e: Exception) -> object:
+    return (isinstance(e, OSError) and e.strerror) or e
 
 
 def sync(path: Path) -> None:
@@ -48,7 +85,9 @@ def sync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file, whole or not at all."""
+    """Write a file, whole or not at all; of several processes the first one does."""
+    if not parallel.first():
+        return
     with whole(path) as partial:
         partial.write_bytes(content)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpo import parallel
 from mpo.errors import RunError
 from mpo.files import write_json
 from mpo.stage import Stage
@@ -22,11 +23,16 @@ class NotFinite(Exception):
         self.what, self.rows = what, list(rows)
 
 
-def require_finite(what: str, values: Tensor, rows: Sequence[int]) -> None:
-    """Each row of `values` (b, ...) must be finite. Errors: NotFinite, with the bad ones among `rows`, their names."""
+def not_finite(values: Tensor, rows: Sequence[int]) -> list[int]:
+    """Which `rows`, whose values (b, ...) these are, have one that is not finite."""
     good = torch.isfinite(values.detach()).reshape(len(values), -1).all(1)
-    if not bool(good.all()):
-        raise NotFinite(what, [rows[i] for i in (~good).nonzero().flatten().tolist()])
+    return [rows[i] for i in (~good).nonzero().flatten().tolist()]
+
+
+def agree_finite(what: str, bad: Sequence[int]) -> None:
+    """Errors: NotFinite with all rows that any process has found bad, in every process, so that none waits for it."""
+    if parallel.most([len(bad)])[0]:
+        raise NotFinite(what, sorted({row for rows in parallel.every(list(bad)) for row in rows}))
 
 
 def failure(

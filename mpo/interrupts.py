@@ -6,6 +6,7 @@ import os
 import signal
 from types import FrameType
 
+from mpo import parallel
 from mpo.errors import Interrupted
 
 _deferring, _received = False, 0
@@ -17,12 +18,19 @@ def install() -> None:
         signal.signal(number, _on_signal)
 
 
+def ignore() -> None:
+    """From now on, since this process is ending anyway."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
     global _received
     if _received or not _deferring:
         raise Interrupted(number)
     _received = number
-    os.write(2, b"\nstopping behind this step, which is saved; the same signal again stops at once\n")
+    if parallel.first():
+        os.write(2, b"\nstopping behind this step, which is saved; the same signal again stops at once\n")
 
 
 def defer(on: bool) -> None:

@@ -271,10 +271,15 @@ def initialise(model: Llama | ScalarModel, generator: torch.Generator) -> None:
                 parameter.normal_(0.0, std, generator=generator)
 
 
+def new_score_head(config: LlamaConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """What a scalar model has beyond a trunk, before training: head init std 1/sqrt(D + 1) (2403.17031)."""
+    weight = torch.empty(1, config.hidden_size).normal_(0.0, 1 / math.sqrt(config.hidden_size + 1), generator=generator)
+    return {"score.weight": weight, "score_mean": torch.zeros(()), "score_std": torch.ones(())}
+
+
 def scalar_from(model: Llama, generator: torch.Generator) -> ScalarModel:
-    """A scalar model on a copy of this model's trunk; head init std 1/sqrt(D + 1) (2403.17031)."""
+    """A scalar model on a copy of this model's trunk."""
     scalar = ScalarModel(model.config)
-    scalar.model.load_state_dict(model.model.state_dict())
-    with torch.no_grad():
-        scalar.score.weight.normal_(0.0, 1 / math.sqrt(model.config.hidden_size + 1), generator=generator)
+    trunk = {name: t for name, t in model.state_dict().items() if name.startswith("model.")}
+    scalar.load_state_dict(trunk | new_score_head(model.config, generator))
     return scalar

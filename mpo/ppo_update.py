@@ -6,17 +6,17 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mpo import ppo
+from mpo import parallel, ppo
 from mpo.config import PPOConfig
 from mpo.data.batches import Batch
-from mpo.guards import require_finite
+from mpo.guards import agree_finite, not_finite
 from mpo.logprobs import compare, response_hidden, response_logprobs
 from mpo.model import Llama, ScalarModel, ValueHead
 from mpo.randomness import generator
 from mpo.rollout import Rollout, check_agreement, state_values
-from mpo.training import learning_rate, optimiser_step
+from mpo.training import learning_rate, microbatches, optimiser_step
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class Learner:
     optimiser: torch.optim.AdamW
     ref: Llama
     critic: Critic | None
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Those that learn."""
+        return [self.policy, self.critic.model] if self.critic else [self.policy]
 
 
 def policy_terms(
@@ -83,10 +88,10 @@ def value_terms(critic: Critic, data: Update, index: Tensor, batch: Batch, hidde
 
 def accumulate(
     learner: Learner, data: Update, index: Tensor, weights: Tensor, first: bool, config: PPOConfig
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[int]]:
     """Add the gradient of one microbatch; `weights` (b, R) are its tokens' shares of the minibatch's mean.
 
-    Returns metrics summed with the same weights.
+    Returns metrics summed with the same weights, and the rows whose loss is not finite.
     """
     batch = data.rollout.batch.rows(index)
     hidden = response_hidden(learner.policy, batch)  # (M, D)
@@ -95,33 +100,45 @@ def accumulate(
         value_losses = value_terms(critic, data, index, batch, hidden, config)
         metrics["value_loss"] = value_losses.detach()
         total = total + critic.weight * value_losses
-    require_finite("the loss", total, index.tolist())
     weights = weights[:, : total.shape[1]]
-    (total * weights).sum().backward()
-    return {name: float((value * weights).sum()) for name, value in metrics.items()}
+    losses = total * weights
+    (losses.sum() * parallel.count()).backward()  # the processes' gradients are averaged
+    return {name: float((value * weights).sum()) for name, value in metrics.items()}, not_finite(losses, index.tolist())
+
+
+def step(
+    learner: Learner, data: Update, chosen: Tensor, lrs: tuple[float, float], first: bool, config: PPOConfig
+) -> dict[str, float]:
+    """One optimiser step (of policy and critic) on some rows of the rollout; returns its metrics.
+
+    Errors: NotFinite, before a weight is touched.
+    """
+    weights = ppo.token_weights(data.rollout.tokens.mask[chosen], config.advantage, config.max_new)
+    sums: Counter[str] = Counter()  # of floats
+    bad = list[int]()
+    for index in microbatches(len(chosen), config.microbatch, learner.models):
+        metrics, worse = accumulate(learner, data, chosen[index], weights[index], first, config)
+        sums.update(metrics)
+        bad += worse
+    agree_finite("the loss", bad)
+    found = {name: value / float(weights.sum()) for name, value in parallel.sums(sums).items()}
+    found["policy_grad_norm"] = optimiser_step(learner.optimiser, learner.policy, lrs[0], config.grad_clip)
+    if critic := learner.critic:
+        found["critic_grad_norm"] = optimiser_step(critic.optimiser, critic.model, lrs[1], config.grad_clip)
+    return found
 
 
 def update(learner: Learner, data: Update, iteration: int, config: PPOConfig) -> dict[str, float]:
     """`epochs` passes over a rollout in minibatches; returns metrics averaged over the steps."""
-    learner.policy.train()
-    if learner.critic:
-        learner.critic.model.train()
+    for model in learner.models:
+        model.train()
     share = learning_rate(iteration, config.iterations, 1.0, config.warmup, config.final_lr)
     policy_lr = 0.0 if learner.critic and iteration < config.critic_warmup else share * config.lr
-    mask = data.rollout.tokens.mask
     sums: Counter[str] = Counter()  # of floats
     steps = 0
     for epoch in range(config.epochs):
         order = torch.randperm(config.batch, generator=generator(config.seed, f"minibatches/{iteration}", epoch))
         for chosen in order.split(config.minibatch):
-            weights = ppo.token_weights(mask[chosen], config.advantage, config.max_new)
-            for index, part in zip(chosen.split(config.microbatch), weights.split(config.microbatch), strict=True):
-                metrics = accumulate(learner, data, index, part, steps == 0, config)
-                sums.update({name: value / float(weights.sum()) for name, value in metrics.items()})
-            norms = {"policy_grad_norm": optimiser_step(learner.optimiser, learner.policy, policy_lr, config.grad_clip)}
-            if critic := learner.critic:
-                lr = share * config.critic_lr
-                norms["critic_grad_norm"] = optimiser_step(critic.optimiser, critic.model, lr, config.grad_clip)
-            sums.update(norms)
+            sums.update(step(learner, data, chosen, (policy_lr, share * config.critic_lr), steps == 0, config))
             steps += 1
     return {name: value / steps for name, value in sums.items()}

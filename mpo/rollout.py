@@ -10,10 +10,10 @@ from torch import Tensor
 
 import kernels
 from kernels import Advantages
-from mpo import ppo
+from mpo import parallel, ppo
 from mpo.data.batches import Batch, make_batch
 from mpo.errors import InputError
-from mpo.guards import require_finite
+from mpo.guards import NotFinite, not_finite
 from mpo.logprobs import Comparison, compare, response_hidden
 from mpo.model import Llama, ScalarModel, ValueHead
 from mpo.sampling import Sampling, generate
@@ -55,7 +55,7 @@ def roll_out(
     generator: torch.Generator,
     microbatch: int,
 ) -> Rollout:
-    """Sample with the policy and look at the result with every model, `microbatch` rows at a time.
+    """Sample with the policy and look at the result with every model, `microbatch` rows at a time in each process.
 
     Errors: InputError when the log-probs of sampling and of scoring differ by more than AGREE:
     then they are two different distributions and every ratio would be wrong. NotFinite for NaN and infinities.
@@ -65,18 +65,21 @@ def roll_out(
     samples = generate(policy, prompts, sampling, generator)
     batch = make_batch(list(zip(prompts, samples.responses, strict=True)))
     B, R = batch.response_mask.shape
-    columns = {name: torch.zeros(B, R) for name in ("logp", "ref_logp", "kl", "entropy", "values")}
-    scores = torch.zeros(B)
-    for index in torch.arange(B).split(microbatch):
-        part = batch.rows(index)
+    mine = torch.tensor(parallel.share(B))
+    columns = {name: torch.zeros(len(mine), R) for name in ("logp", "ref_logp", "kl", "entropy", "values")}
+    scores = torch.zeros(len(mine))
+    for at in torch.arange(len(mine)).split(microbatch):
+        part = batch.rows(mine[at])
         hidden = response_hidden(policy, part)
         found = compare(policy, ref, part, sampling.temperature, hidden)._asdict()
         found |= {} if critic is None else {"values": state_values(critic, part, hidden)}
         for name in columns.keys() & found.keys():
-            columns[name][index, : found[name].shape[1]] = found[name]
-        scores[index] = score(rm, part)
+            columns[name][at, : found[name].shape[1]] = found[name]
+        scores[at] = score(rm, part)
+    scores, columns = parallel.gather(scores, B), {n: parallel.gather(c, B) for n, c in columns.items()}
     for name, of_row in (("the reward model's score", scores), *columns.items()):
-        require_finite(name, of_row, range(B))
+        if bad := not_finite(of_row, range(B)):
+            raise NotFinite(name, bad)
     values = columns.pop("values")
     tokens = Comparison(**columns, mask=batch.response_mask)
     sampled = torch.cat([torch.tensor(x) for x in samples.logps])

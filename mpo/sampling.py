@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kernels
 from kernels import Pieces
+from mpo import parallel
 from mpo.model import Llama
 
 
@@ -54,14 +55,24 @@ def generate(
     sampling: Sampling,
     generator: torch.Generator,
 ) -> Samples:
-    """Sample one response for each prompt (lists of ids with BOS)."""
-    with kernels.constant_weights():
-        return _generate(model.eval(), prompts, sampling, generator)
+    """Sample one response for each prompt (lists of ids with BOS); several processes share them."""
+    uniforms = torch.rand(len(prompts), sampling.max_new, generator=generator)  # a row's do not depend on the others
+    mine = parallel.share(len(prompts))
+    with parallel.whole_weights(model), kernels.constant_weights():
+        found = _generate(model.eval(), [prompts[i] for i in mine], sampling, uniforms[mine])
+    tokens, logps, lengths = (parallel.gather(part, len(prompts)) for part in found)
+    return Samples(
+        [t[:n] for t, n in zip(tokens.tolist(), lengths.tolist(), strict=True)],
+        [x[:n] for x, n in zip(logps.tolist(), lengths.tolist(), strict=True)],
+        (tokens.gather(1, lengths[:, None] - 1)[:, 0] == sampling.eos).tolist(),
+    )
 
 
-def _generate(model: Llama, prompts: Sequence[list[int]], sampling: Sampling, generator: torch.Generator) -> Samples:
+def _generate(
+    model: Llama, prompts: Sequence[list[int]], sampling: Sampling, uniforms: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens and their log-probs, (B, max_new) each, and how many of a row count, (B,)."""
     B, max_new, eos = len(prompts), sampling.max_new, sampling.eos
-    uniforms = torch.rand(B, max_new, generator=generator)  # a row's draws do not depend on the others
     number: dict[tuple[int, ...], int] = {}  # of each prompt among the different ones
     of_row = torch.tensor([number.setdefault(tuple(p), len(number)) for p in prompts])
     pieces = Pieces([len(p) for p in number])
@@ -88,8 +99,4 @@ def _generate(model: Llama, prompts: Sequence[list[int]], sampling: Sampling, ge
         if not len(rows) or step == max_new - 1:
             break
         hidden = decode(token)
-    return Samples(
-        [t[:n] for t, n in zip(tokens.tolist(), lengths.tolist(), strict=True)],
-        [x[:n] for x, n in zip(logps.tolist(), lengths.tolist(), strict=True)],
-        (tokens.gather(1, lengths[:, None] - 1)[:, 0] == eos).tolist(),
-    )
+    return tokens, logps, lengths

@@ -1,15 +1,16 @@
-"""Saves of an unfinished stage: all that the rest of it depends on, in one safetensors file, whole or not at all.
+"""Saves of an unfinished stage: all that the rest of it depends on, in one folder, whole or not at all.
 
 Every random choice is keyed by (seed, purpose, step), batches follow from the seed and learning rates from the step:
 so the step alone stands for generators, data cursor and schedules. What is left are the weights, the optimisers'
 moments and a few numbers. A stage that was killed and goes on from its last save ends with the same bytes as one that
-ran through.
+ran through; with another number of processes, with the same up to rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -18,21 +19,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mpo import interrupts
+from mpo import interrupts, parallel, shards
 from mpo.config import Training
 from mpo.errors import InputError, Interrupted, RunError
-from mpo.files import sync, whole
+from mpo.files import read_json, sha256, sync, whole_folder, write_json
 from mpo.stage import SAVES, Stage
 
 Numbers = dict[str, Any]  # what JSON can hold
 Optimiser = torch.optim.Optimizer
-# Flags that a stage's result does not depend on.
-CHANGES_NOTHING = {"out", "overwrite", "threads", "save_every", "saves"}
+# Flags that a stage's result does not depend on, but for rounding.
+CHANGES_NOTHING = {"out", "overwrite", "threads", "save_every", "saves", "shard"}
 SHARE = 0.05  # of the time at most is spent on saving
+ABOUT = "about.json"
+ONE = torch.zeros(())  # what AdamW's count of steps looks like
 
 
 class Part(NamedTuple):
@@ -59,15 +61,13 @@ class Saves:
         From here on signals wait for the end of a step (interrupts.py).
         """
         step = 0
-        for path in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
-            try:
-                step, numbers = self._read(path)
-                print(f"{self.stage.name}: going on behind step {step} of an interrupted try ({path})")
-                break
-            except InputError as e:
-                print(f"{self.stage.name}: {e}; it is left out", file=sys.stderr)
-                path.unlink()
-        self.stage.forget(step)
+        if found := parallel.from_first(self._newest):
+            path, about = found
+            self._fill(path)
+            self.stage.earlier = about["seconds"]
+            step, numbers = about["step"], json.loads(about["numbers"])
+            print(f"{self.stage.name}: going on behind step {step} of an interrupted try ({path})")
+        parallel.from_first(lambda: self.stage.forget(step))
         interrupts.defer(True)
         return step, numbers
 
@@ -76,21 +76,20 @@ class Saves:
 
         Errors: Interrupted, behind a save, where a signal came; RunError where it cannot be written.
         """
-        stopped = interrupts.received()
-        if last or stopped or self._due():
+        stopped, due = parallel.most([interrupts.received(), self._due()])
+        if last or stopped or due:
             self.write(step, numbers)
         if last:
             interrupts.defer(False)
         if stopped:
-            raise Interrupted(stopped, f" behind step {step}, which is saved")
+            raise Interrupted(int(stopped), f" behind step {step}, which is saved")
 
     def _due(self) -> bool:
         wait = self.config.save_every and max(self.config.save_every, self.cost / SHARE)
         return time.monotonic() - self.at >= wait
 
     def before(self, step: int, numbers: Numbers) -> Path | None:
-        """Save what a step that failed began with, None where that is not good either."""
-        interrupts.defer(False)
+        """Save what step `step` was about to change, so that it can be seen again; None where that fails, too."""
         try:
             return self.write(step, numbers)
         except RunError:
@@ -100,22 +99,30 @@ class Saves:
         """Save now, and drop all but the last few saves."""
         began = time.monotonic()
         tensors = dict(self._tensors())
-        if bad := next((name for name, t in tensors.items() if not torch.isfinite(t).all()), None):
-            raise RunError(f"{self.stage.name}: {bad} is not finite behind step {step}; not saved. Lower --lr")
-        about = {"step": str(step), "key": self.key, "numbers": json.dumps(numbers), "seconds": str(self.stage.seconds)}
-        path, metrics = self.folder / f"step-{step:08d}.safetensors", self.stage.out / "metrics.jsonl"
+        broken = [i for i, t in enumerate(tensors.values()) if not torch.isfinite(parallel.local(t)).all()]
+        if worst := int(parallel.most([max(broken, default=-1) + 1])[0]):
+            name = list(tensors)[worst - 1]
+            raise RunError(f"{self.stage.name}: {name} is not finite behind step {step}; not saved. Lower --lr")
+        path, metrics = self.folder / f"step-{step:08d}", self.stage.out / "metrics.jsonl"
         if metrics.exists():
             sync(metrics)  # its lines up to here belong to the save
-        with whole(path) as partial:
-            save_file(tensors, partial, about | {"sha256": _digest(tensors)})
-        for old in sorted(self.folder.glob("step-*.safetensors"))[: -self.config.saves]:
-            old.unlink()
+        with whole_folder(path) as partial:
+            shards.write(partial, tensors)
+            if parallel.first():
+                hashes = {file.name: sha256(file) for file in sorted(partial.glob("*.safetensors"))}
+                about = {"step": step, "key": self.key, "seconds": self.stage.seconds, "sha256": hashes}
+                about["numbers"] = json.dumps(numbers)  # a string, since some may be NaN
+                write_json(partial / ABOUT, about | {"check": _digest(about)})
+        if parallel.first():
+            for old in sorted(self.folder.glob("step-*"))[: -self.config.saves]:
+                shutil.rmtree(old)
         self.at = time.monotonic()
         self.cost = self.at - began
         return path
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, part in self.parts.items():
+            parallel.settle(part.model)
             for key, value in _weights(part.model).items():
                 yield f"{name}/weight/{key}", value.detach().contiguous()
             for key, p in part.model.named_parameters():
@@ -123,49 +130,57 @@ class Saves:
                 for moment, value in state.items():
                     yield f"{name}/{moment}/{key}", value.contiguous()
 
-    @torch.no_grad()
-    def _read(self, path: Path) -> tuple[int, Numbers]:
-        """Into the models and optimisers, when all of it has been found good."""
-        try:
-            with safe_open(path, framework="pt") as f:
-                about, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{path}: not a whole safetensors file ({e})") from None
-        if about.get("key") != self.key:
+    def _newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The last save that is whole and of this stage, and what it says of itself; others are dropped."""
+        for path in sorted(self.folder.glob("step-*"), reverse=True):
+            try:
+                return path, self._checked(path)
+            except InputError as e:
+                print(f"{self.stage.name}: {e}; it is left out", file=sys.stderr)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return None
+
+    def _checked(self, path: Path) -> dict[str, Any]:
+        """What a save says of itself, when all of it has been found good."""
+        about = read_json(path / ABOUT)
+        if not isinstance(about, dict) or about.pop("check", None) != _digest(about):
+            raise InputError(f"{path / ABOUT}: damaged, or not what a save says of itself")
+        if about["key"] != self.key:
             raise InputError(f"{path}: made with other flags or inputs")
-        if about.get("sha256") != _digest(tensors):
+        hashes = {file.name: sha256(file) for file in path.glob("*.safetensors")}
+        if hashes != about["sha256"]:
             raise InputError(f"{path}: its content is damaged (another hash)")
-        weights, moments = [], []
+        try:
+            saved = shards.shapes(path)
+        except (SafetensorError, OSError, KeyError, ValueError) as e:
+            raise InputError(f"{path}: not safetensors ({e})") from None
         for name, part in self.parts.items():
             for key, value in _weights(part.model).items():
-                weights.append((value, _shaped(path, tensors, f"{name}/weight/{key}", value)))
-            kinds = {n.split("/")[1] for n in tensors if n.startswith(f"{name}/")} - {"weight"}
+                found = saved.get(f"{name}/weight/{key}")
+                if found != tuple(value.shape):
+                    raise InputError(f"{path}: {name}/weight/{key} is {found}, this model has {tuple(value.shape)}")
+        return about
+
+    def _fill(self, path: Path) -> None:
+        """Models and optimisers, from a save that was checked."""
+        saved, into = shards.shapes(path), dict[str, Tensor]()
+        for name, part in self.parts.items():
+            parallel.settle(part.model)
+            into |= {f"{name}/weight/{key}": value.detach() for key, value in _weights(part.model).items()}
+            moments = sorted({n.split("/")[1] for n in saved if n.startswith(f"{name}/")} - {"weight"})
             for key, p in part.model.named_parameters() if part.optimiser else ():
-                moments.append((part, p, {m: tensors[at] for m in kinds if (at := f"{name}/{m}/{key}") in tensors}))
-        for value, saved in weights:
-            value.copy_(saved)
-        for part, p, state in moments:
-            if part.optimiser and state:
-                part.optimiser.state[p] = state
-        self.stage.earlier = float(about["seconds"])
-        return int(about["step"]), json.loads(about["numbers"])
+                names = {m: f"{name}/{m}/{key}" for m in moments if f"{name}/{m}/{key}" in saved}
+                state = {m: torch.zeros_like(p.detach() if saved[at] == p.shape else ONE) for m, at in names.items()}
+                if part.optimiser and state:
+                    part.optimiser.state[p] = state
+                into |= {at: state[m] for m, at in names.items()}
+        shards.read(path, into)
+
+
+def _digest(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, a shared one once."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def _shaped(path: Path, tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
-    if name not in tensors or tensors[name].shape != like.shape:
-        found = tuple(tensors[name].shape) if name in tensors else "missing"
-        raise InputError(f"{path}: {name} is {found}, this model has {tuple(like.shape)}")
-    return tensors[name]
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)} ".encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from mpo import parallel
 from mpo.data.batches import Batch, Pair, pair_batch
 from mpo.model import ScalarModel
 from mpo.progress import progress
+
+T = TypeVar("T")
 
 
 def score(rm: ScalarModel, batch: Batch) -> Tensor:
@@ -25,10 +29,17 @@ def score_pairs(rm: ScalarModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
+def each_batch(rows: Sequence[T], batch: int, name: str, look: Callable[[Sequence[T]], Tensor]) -> Tensor:
+    """look() at all rows, a batch at a time, which several processes share: (b rows) -> (b, ...) gives (rows, ...)."""
+    parts = []
+    for start in progress(range(0, len(rows), batch), name, leave=False):
+        part = rows[start : start + batch]
+        parts.append(parallel.gather(look([part[i] for i in parallel.share(len(part))]), len(part)))
+    return torch.cat(parts)
+
+
 def score_all(rm: ScalarModel, pairs: Sequence[Pair], batch: int) -> tuple[Tensor, Tensor]:
     """`score_pairs` over many pairs, in batches."""
     rm.eval()
-    starts = progress(range(0, len(pairs), batch), "score", leave=False)
-    parts = [score_pairs(rm, pairs[start : start + batch]) for start in starts]
-    chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
-    return chosen, rejected
+    both = each_batch(pairs, batch, "score", lambda part: torch.stack(score_pairs(rm, part), 1))
+    return both[:, 0], both[:, 1]

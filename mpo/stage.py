@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mpo import parallel
 from mpo.errors import InputError, RunError
 from mpo.files import finite, read_json, sha256, write_bytes, write_json
 
@@ -48,28 +49,33 @@ class Stage:
         """
         self.out, self.name = Path(out), Path(out).name
         self.manifest = self.out / "manifest.json"
-        for name, path in inputs.items():
+        self.config, self.inputs = config, dict(inputs)
+        self.started, self.earlier = time.time(), 0.0  # earlier: seconds that an interrupted try had taken
+        self.input_hashes = parallel.from_first(lambda: self._open(overwrite))
+
+    def _open(self, overwrite: bool) -> dict[str, dict[str, str]]:
+        """Check the inputs, and make the folder unfinished; returns the inputs' hashes."""
+        for name, path in self.inputs.items():
             if not Path(path).exists():
                 raise InputError(f"--{name} {path}: no such file or folder; has the stage that writes it run?")
         if self.manifest.exists() and not overwrite:
-            raise InputError(f"--out {out}: holds a finished stage; name another folder or pass --overwrite true")
-        self.config, self.inputs = config, dict(inputs)
-        self.started, self.earlier = time.time(), 0.0  # earlier: seconds that an interrupted try had taken
-        self.input_hashes = {name: hash_tree(Path(path)) for name, path in inputs.items()}
-        for name, path in inputs.items():
-            check_manifest(Path(path), self.input_hashes[name])
-            self.input_hashes[name].pop("stage.json", None)  # how it was made is not what it is
-        self._open()
+            raise InputError(f"--out {self.out}: holds a finished stage; name another folder or pass --overwrite true")
+        hashes = {name: hash_tree(Path(path)) for name, path in self.inputs.items()}
+        for name, path in self.inputs.items():
+            check_manifest(Path(path), hashes[name])
+            hashes[name].pop("stage.json", None)  # how it was made is not what it is
+        self._empty()
+        return hashes
 
-    def _open(self) -> None:
-        """Make the folder unfinished, with nothing in it of a run that was finished."""
+    def _empty(self) -> None:
+        """Make the folder, with nothing in it of a run that was finished."""
         try:
             if self.out.is_symlink():
                 self.out.unlink()  # shared with another run (make FROM=...): never written through
             self.out.mkdir(parents=True, exist_ok=True)
             self.manifest.unlink(missing_ok=True)
-            for partial in self.out.rglob(".*.partial"):  # of a write that was killed
-                partial.unlink()
+            for partial in list(self.out.rglob(".*.partial")):  # of a write that was killed
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
             if not (self.out / SAVES).is_dir():
                 self.forget(0)
         except OSError as e:
@@ -95,6 +101,8 @@ class Stage:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one step to metrics.jsonl."""
+        if not parallel.first():
+            return
         line = json.dumps({"step": step, **finite({k: round(float(v), 6) for k, v in metrics.items()})}) + "\n"
         try:
             with (self.out / "metrics.jsonl").open("a") as f:
@@ -104,6 +112,9 @@ class Stage:
 
     def finish(self, **results: Any) -> None:
         """Write the manifest, and with it declare the stage finished."""
+        peak = parallel.most([peak_memory_mb()])[0]
+        if not parallel.first():
+            return
         write_json(
             self.manifest,
             {
@@ -113,7 +124,8 @@ class Stage:
                 "outputs": hash_tree(self.out),
                 "results": finite(results),
                 "seconds": round(self.seconds, 1),
-                "peak_memory_mb": peak_memory_mb(),
+                "processes": parallel.count(),
+                "peak_memory_mb": peak,  # of the process that needed most
                 "python": platform.python_version(),
                 "packages": {p: importlib.metadata.version(p) for p in PACKAGES},
             },

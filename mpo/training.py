@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from mpo import parallel
 from mpo.checkpoint import save_model
 from mpo.config import Common, Training, exact_div
 from mpo.data.batches import Pair, shuffled_batches
 from mpo.errors import InputError
-from mpo.guards import NotFinite, failure, require_finite
+from mpo.guards import NotFinite, agree_finite, failure, not_finite
 from mpo.model import Llama, ScalarModel
 from mpo.progress import progress
 from mpo.saves import Part, Saves
@@ -54,6 +55,7 @@ def setup_torch(config: Common) -> None:
     """Threads, memory, precision, and denormals flushed (they slow small models down a hundredfold)."""
     if kernels.default not in (None, *kernels.IMPLEMENTATIONS):
         raise InputError(f"MPO_KERNELS={kernels.default}: expected one of {', '.join(kernels.IMPLEMENTATIONS)} here")
+    parallel.start(getattr(config, "shard", False))
     torch.set_num_threads(config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     torch.set_flush_denormal(True)
     kernels.use_bf16(getattr(config, "bf16", False))
@@ -82,7 +84,7 @@ def optimiser_step(optimiser: torch.optim.Optimizer, model: nn.Module, lr: float
 
     Errors: NotFinite when the gradient is not finite, before it touches a weight.
     """
-    norm = float(nn.utils.clip_grad_norm_(model.parameters(), grad_clip))
+    norm = float(parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip)))
     if not math.isfinite(norm):
         raise NotFinite("the gradient", [])
     for group in optimiser.param_groups:
@@ -120,23 +122,39 @@ def milestones(steps: int, keep: int) -> dict[int, str]:
     return {step: f"step-{step}" for step in sorted(at)}
 
 
+def microbatches(rows: int, microbatch: int, models: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """This process's share of a batch's rows, as many at a time as fit; gradients are put together behind the last.
+
+    Errors: InputError where the processes do not divide the rows, or the microbatch a share.
+    """
+    mine = parallel.exact_share(rows, "the rows of an optimiser step")
+    each = min(microbatch, len(mine))
+    for i in range(exact_div(len(mine), each, "the rows of an optimiser step and --microbatch")):
+        for model in models:
+            parallel.synchronise(model, (i + 1) * each == len(mine))
+        yield mine[i * each : (i + 1) * each]
+
+
 def accumulate(
-    batch: list[Pair], losses_of: Losses, units: Callable[[Pair], float], microbatch: int
+    model: nn.Module, batch: list[Pair], losses_of: Losses, units: Callable[[Pair], float], microbatch: int
 ) -> dict[str, float]:
     """Add the gradient of the batch's mean loss, microbatch by microbatch; returns means of loss and metrics.
 
     Losses and metrics are divided by the number of units (tokens or pairs) of the whole batch, so
-    that 1 x 8 and 8 x 1 microbatches give the same gradient.
+    that 1 x 8 and 8 x 1 microbatches give the same gradient, in any number of processes (whose gradients are averaged).
+    Errors: NotFinite, in all of them.
     """
     total = sum(units(pair) for pair in batch)
     metrics: dict[str, float] = {}
-    for start in range(0, len(batch), microbatch):
-        losses, more = losses_of(batch[start : start + microbatch])
-        require_finite("the loss", losses, range(start, len(batch)))
-        (losses.sum() / total).backward()
+    bad = list[int]()
+    for index in microbatches(len(batch), microbatch, [model]):
+        losses, more = losses_of([batch[i] for i in index])
+        bad += not_finite(losses, index)
+        (losses.sum() * (parallel.count() / total)).backward()
         for name, values in {"loss": losses.detach(), **more}.items():
             metrics[name] = metrics.get(name, 0.0) + float(values.sum()) / total
-    return metrics
+    agree_finite("the loss", bad)
+    return parallel.sums(metrics)
 
 
 def train(
@@ -155,6 +173,7 @@ def train(
     Errors: RunError, before a weight is touched, where a loss or gradient is not finite.
     """
     exact_div(config.batch, config.microbatch, "--batch and --microbatch")
+    parallel.learns(model)
     optimiser = adamw(model, config.lr, config.weight_decay)
     saves = Saves(stage, config, {"model": Part(model, optimiser)})
     done, numbers = saves.restore({"recent": [], "memory": memory.state() if memory else {}})
@@ -166,7 +185,7 @@ def train(
     bar = progress(range(done, len(batches)), stage.name, done)
     for step in bar:
         try:
-            metrics = accumulate(batches[step], losses_of, units, config.microbatch)
+            metrics = accumulate(model, batches[step], losses_of, units, config.microbatch)
             lr = learning_rate(step, len(batches), config.lr, config.warmup, config.final_lr)
             metrics |= {"grad_norm": optimiser_step(optimiser, model, lr, config.grad_clip), "lr": lr}
         except NotFinite as e:

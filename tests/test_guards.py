@@ -16,7 +16,7 @@ from mpo.config import DPOConfig
 from mpo.data.batches import encode
 from mpo.errors import RunError
 from mpo.files import read_json
-from mpo.guards import NotFinite, collapses, require_finite
+from mpo.guards import NotFinite, agree_finite, collapses, not_finite
 from mpo.stage import Stage
 from mpo.training import batches_of, train
 from mpo.world.build import build
@@ -50,7 +50,7 @@ def test_a_loss_that_is_not_finite_names_the_row_and_leaves_the_step_to_see_agai
     assert failure["rows_to_blame"] == [bad]
     assert (failure["step"], len(failure["batch"])) == (3, 4)
     assert [r["id"] for r in failure["batch"]].index(bad) == 2
-    assert failure["save"] == str(out / "saves" / "step-00000003.safetensors")
+    assert failure["save"] == str(out / "saves" / "step-00000003")
     again, _, message = train_with_a_bad_row(tokenizer, out, microbatch)  # the same command shows the same step
     assert "step 3: the loss is not finite" in message
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
@@ -70,9 +70,12 @@ def test_weights_that_run_away_stop_the_stage(hh_run, tmp_path):
 
 
 def test_every_row_must_be_finite():
-    require_finite("x", torch.zeros(3, 2), range(3))
+    assert not_finite(torch.zeros(3, 2), range(3)) == []
+    bad = not_finite(torch.tensor([[0.0, math.inf], [0.0, 1.0], [math.nan, 0.0]]), [10, 20, 30])
+    assert bad == [10, 30]
+    agree_finite("x", [])
     with pytest.raises(NotFinite) as found:
-        require_finite("x", torch.tensor([[0.0, math.inf], [0.0, 1.0], [math.nan, 0.0]]), [10, 20, 30])
+        agree_finite("x", bad)
     assert found.value.rows == [10, 30]
 
 

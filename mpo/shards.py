@@ -1,0 +1,68 @@
+"""Tensors in a folder of safetensors files: written by any number of processes, each its part, and read by any number.
+
+With several processes this is torch.distributed.checkpoint in its safetensors form, which has no pickled metadata; one
+process writes the same form in one file by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mpo import parallel
+from mpo.errors import RunError
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Into safetensors files in an empty folder: each process what it keeps (torch.distributed.checkpoint).
+
+    Errors: RunError where that fails in any of them.
+    """
+    if parallel.count() == 1:
+        save_file(dict(tensors), folder / "shard-00001-model-00001-of-00001.safetensors")
+        return
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    try:
+        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as e:
+        rank, (error, _) = next(iter(e.failures.items()))
+        raise RunError(f"{folder}: cannot be written by process {rank} ({error})") from None
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The tensors that such a folder holds, by name. Errors: SafetensorError, OSError."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as f:
+            offsets = json.loads((f.metadata() or {}).get("DCP_SHARDING_INFO", "{}"))
+            for name in f.keys():  # noqa: SIM118
+                shape = f.get_slice(name).get_shape()
+                ends = (
+                    [n + at for n, at in zip(shape, offsets[name]["saved_offsets"], strict=True)] if offsets else shape
+                )
+                found[name] = tuple(max(pair) for pair in zip(ends, found.get(name, ends), strict=True))
+    return found
+
+
+@torch.no_grad()
+def read(folder: Path, into: Mapping[str, Tensor]) -> None:
+    """Fill tensors, sharded or not, by name."""
+    files = list(folder.glob("*.safetensors"))
+    if parallel.count() == 1 and len(files) == 1:
+        saved = load_file(files[0])
+        for name, tensor in into.items():
+            tensor.copy_(saved[name])
+        return
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=parallel.count() == 1)
