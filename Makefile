@@ -101,7 +101,7 @@ many  = $(call stage,$(if $(filter-out 1,$(NPROC)),-m mpo.launch $(NPROC)) $(1))
 # --- the stages -------------------------------------------------------------------------------
 
 sources    := $(if $(builtin),,$(wildcard $(DATA) $(DATA)/*/*.jsonl $(DATA)/*/*.gz $(DATA)/comparisons/*.json))
-checkpoint := $(wildcard $(MODEL)/config.json $(MODEL)/*.safetensors $(MODEL)/tokenizer.model)
+checkpoint := $(wildcard $(MODEL)/config.json $(MODEL)/*.safetensors $(MODEL)/tokenizer.model $(MODEL)/tokenizer.json)
 
 $(RUN)/data/$(DONE): $(RUN)/.flags/data $(sources) | .venv/.ready
 	@$(call stage,prepare_data.py) $(data_args)

@@ -1,4 +1,4 @@
-"""Stage 1: a sentencepiece tokenizer, trained on the training split or taken from a model."""
+"""Stage 1: a tokenizer, trained on the training split or taken from a model."""
 
 from __future__ import annotations
 

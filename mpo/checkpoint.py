@@ -1,7 +1,8 @@
 """Models in and out in the Hugging Face layout: config.json, safetensors, tokenizer.model.
 
 Only safetensors and JSON are ever read or written, never pickle. What this project cannot
-compute exactly (biases, sliding windows, other architectures) is refused by name.
+compute exactly (biases, sliding windows, other architectures) is refused by name. Llama 1 to 3, TinyLlama and
+SmolLM2 are "llama"; Mistral is the same model by another name.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from mpo.model import Llama, LlamaConfig, ScalarModel, new_score_head, rotary_fr
 
 M = TypeVar("M", Llama, ScalarModel)
 SHARD_BYTES = 4 << 30
+# Options that change what a model computes, and that this project does not compute.
+UNSUPPORTED = ("attention_bias", "mlp_bias", "sliding_window", "num_local_experts", "quantization_config")
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -34,11 +37,16 @@ def config_from_json(path: Path) -> LlamaConfig:
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a JSON object")
-    if raw.get("model_type") != "llama":
-        raise InputError(f"{path}: model_type {raw.get('model_type')!r} is not supported; only 'llama' is")
-    for name in ("attention_bias", "mlp_bias"):
+    if raw.get("model_type") not in ("llama", "mistral"):
+        raise InputError(
+            f"{path}: model_type {raw.get('model_type')!r:.80} is not supported; 'llama' and 'mistral' are"
+        )
+    for name in UNSUPPORTED:
         if raw.get(name):
-            raise InputError(f"{path}: {name} is not supported")
+            raise InputError(f"{path}: {name} is not supported, found {raw[name]!r:.80}")
+    layers = raw.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+        raise InputError(f"{path}: layer_types other than 'full_attention' are not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise InputError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is")
     for name in _SIZES:
@@ -47,19 +55,25 @@ def config_from_json(path: Path) -> LlamaConfig:
     heads = raw["num_attention_heads"]
     rope, theta = _rope(path, raw)
     fields = {name: raw[name] for name in _SIZES}
-    optional = ("max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id")
+    optional = ("max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id")
     fields |= {name: raw[name] for name in optional if raw.get(name) is not None}
     if isinstance(fields.get("eos_token_id"), list):  # Llama 3 lists several
         fields["eos_token_id"] = (*fields["eos_token_id"], None)[0]
+    pad = raw.get("pad_token_id")
+    pad = None if pad in (-1, fields.get("eos_token_id", 2)) else pad  # EOS as pad would hide every EOS from a mask
     shape = {"num_key_value_heads": raw.get("num_key_value_heads") or heads}
     shape["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // heads
     for name, value in (fields | shape | {"rope_theta": theta} | rope).items():
         whole = not name.startswith(("rms_", "rope_", "low_", "high_", "factor"))
         _number(path, name, value, whole)
+    if pad is not None:
+        _number(path, "pad_token_id", pad, True)
     if heads % shape["num_key_value_heads"] or shape["head_dim"] % 2:
         raise InputError(f"{path}: {heads} heads of {shape} do not make groups, or rotary pairs")
     tied = bool(raw.get("tie_word_embeddings", False))
-    return LlamaConfig(**fields, **shape, rope_theta=theta, rope_scaling=rope, tie_word_embeddings=tied)
+    return LlamaConfig(
+        **fields, **shape, pad_token_id=pad, rope_theta=theta, rope_scaling=rope, tie_word_embeddings=tied
+    )
 
 
 def _number(path: Path, name: str, value: Any, whole: bool) -> None:

@@ -79,7 +79,7 @@ class TokenizerConfig(Common):
     """Train a sentencepiece tokenizer on the training split, or take the one of a model."""
 
     data: str  # folder of the data stage
-    model: str = ""  # a model folder or preset name; a folder's tokenizer.model is taken as it is
+    model: str = ""  # a model folder or preset name; a folder's tokenizer is taken as it is
     vocab: int = 4096  # most pieces; a small corpus gets fewer
 
 
@@ -88,7 +88,7 @@ class SFTConfig(Training):
     """Supervised fine-tuning on the chosen responses, from scratch or from a model."""
 
     data: str  # folder of the data stage
-    tokenizer: str  # folder with tokenizer.model
+    tokenizer: str  # folder with tokenizer.model or tokenizer.json
     model: str = "tiny"  # a preset (trained from scratch) or a folder in Hugging Face layout
     loss_on: Literal["response", "all"] = "response"  # which tokens count
     lr: float = 2e-3  # peak learning rate of AdamW

@@ -40,7 +40,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = True
     bos_token_id: int = 1
     eos_token_id: int = 2
-    pad_token_id: int = 3
+    pad_token_id: int | None = 3  # None: there is none, and none is needed (masks come from lengths)
 
 
 def _shape(d: int, ffn: int, layers: int, heads: int, kv: int, **more: Any) -> LlamaConfig:

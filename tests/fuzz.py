@@ -132,7 +132,7 @@ def comparisons(ground: Ground, draw: random.Random) -> None:
 
 def tokenizer(ground: Ground, draw: random.Random) -> None:
     """tokenizer.model; one that is accepted has to encode and decode."""
-    ground.put("tok/tokenizer.model", broken_bytes(ground.tokenizer.model, draw))
+    ground.put("tok/tokenizer.model", broken_bytes(ground.tokenizer.vocabulary.files["tokenizer.model"], draw))
     found = load_tokenizer(ground.folder / "tok")
     found.decode(found.prompt_ids("Hello.\n\nHuman: ä") + found.response_ids(" Yes."))
 

@@ -48,6 +48,11 @@ def test_scalar_model_round_trip(tmp_path):
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"attention_bias": True}, "attention_bias is not supported"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is not supported, found 4096"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types other than 'full_attention'"),
+        ({"num_local_experts": 8}, "num_local_experts is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"hidden_size": 0}, "hidden_size must be a positive integer"),
         ({"vocab_size": "many"}, "vocab_size must be a positive integer"),
@@ -64,6 +69,18 @@ def test_a_config_that_does_not_fit_is_named(tmp_path, changes, message):
     with pytest.raises(InputError, match=message) as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({"pad_token_id": 0}, 0), ({"pad_token_id": None}, None), ({"pad_token_id": 2}, None)]
+)
+def test_a_pad_token_that_is_missing_or_is_eos_is_none(tmp_path, given, expected):
+    save_model(tmp_path, small_model(eos_token_id=2))
+    edit(tmp_path / "config.json", **given)
+    model = load_model(tmp_path)
+    assert model.config.pad_token_id == expected
+    save_model(tmp_path / "again", model)
+    assert load_model(tmp_path / "again").config == model.config
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "weights.bin"])

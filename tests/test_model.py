@@ -111,6 +111,34 @@ def test_a_folder_written_by_transformers_loads(old_form, tmp_path):
         torch.testing.assert_close(load_model(tmp_path).logits(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
+# Shapes of real models, made small: what matters is which fields their config.json has.
+FAMILIES = {
+    "mistral": ("Mistral", {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
+    "llama3": (
+        "Llama",
+        {"rope_parameters": {**LLAMA3, "rope_type": "llama3", "rope_theta": 5e5}, "eos_token_id": [2, 5]},
+    ),
+    "wide heads": ("Mistral", {"sliding_window": None, "head_dim": 10}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_are_llamas_compute_what_transformers_computes(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    name, more = FAMILIES[family]
+    sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": None}
+    config = getattr(transformers, f"{name}Config")(**sizes, **heads, **more)
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ours = load_model(tmp_path)
+    ids = torch.randint(0, 61, (2, 90))
+    with torch.no_grad():
+        torch.testing.assert_close(ours.logits(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+
+
 def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
     config = LlamaConfig(head_dim=64, rope_theta=500000.0, rope_scaling=LLAMA3)
     plain = rotary_frequencies(LlamaConfig(head_dim=64, rope_theta=500000.0))
