@@ -21,6 +21,7 @@
 #   POLICIES  what to train and compare, by folder (schedules.mk); the first one is the baseline
 #   BF16=1  matrix products in bf16, with fp32 weights and sums: faster where the processor has them
 #   NPROC   processes for every stage that computes with a model; SHARD=1: none keeps all of it (FSDP2)
+#   LORA=8 rank of low-rank adapters, which alone learn (from SFT on where MODEL is a folder, else from the reward model on)
 #   QUICK=1 a smoke test: seconds a stage, and numbers that mean nothing
 # More flags for one stage: SFT_FLAGS="--epochs 1", RM_FLAGS, SPLIT_FLAGS, DPO_FLAGS, PPO_FLAGS, ...,
 # or for one folder: dpo-all_FLAGS="--beta 0.1"
@@ -37,6 +38,7 @@ RMS   ?= rm
 STAGE ?= mpo
 NPROC ?= 1
 SHARD ?=
+LORA  ?=
 QUICK ?=
 BF16  ?=
 
@@ -71,17 +73,18 @@ pipeline: .venv/.ready
 empty :=
 comma := ,
 builtin := $(filter builtin,$(DATA))
+lora    := $(if $(LORA),--lora_rank $(LORA))
 limits  := $(if $(builtin),,$(if $(filter tldr,$(TASK)),--max_prompt 640)) $(if $(BF16),--bf16 true)
 rows    := $(if $(builtin),--train $(if $(filter hh,$(TASK)),28000,24000) --test 1600,--train 0 --test 0)
 
 data_args      = --task $(TASK) --data $(DATA) $(rows)           $(if $(QUICK),--train 400 --test 40) $(DATA_FLAGS)
 tokenizer_args = --model $(MODEL) --vocab $(if $(builtin),1536,4096) $(TOKENIZER_FLAGS)
-sft_args       = --model $(MODEL) $(if $(builtin),$(if $(filter tldr,$(TASK)),--epochs 2)) $(limits) $(if $(QUICK),--epochs 1) $(SFT_FLAGS)
-rm_args        = $(if $(builtin),$(if $(filter tldr,$(TASK)),--epochs 3)) $(limits) $(if $(QUICK),--epochs 1) $(RM_FLAGS)
+sft_args       = --model $(MODEL) $(if $(builtin),$(if $(filter tldr,$(TASK)),--epochs 2)) $(limits) $(if $(wildcard $(MODEL)/config.json),$(lora)) $(if $(QUICK),--epochs 1) $(SFT_FLAGS)
+rm_args        = $(if $(builtin),$(if $(filter tldr,$(TASK)),--epochs 3)) $(limits) $(lora) $(if $(QUICK),--epochs 1) $(RM_FLAGS)
 ensemble       = $(subst $(empty) $(empty),$(comma),$(RMS:%=$(RUN)/%))
 split_args     = $(if $(filter-out rm,$(RMS)),--rm $(ensemble)) $(limits) $(SPLIT_FLAGS)
-any_dpo_args   = --loss $(LOSS) $(limits)                        $(DPO_FLAGS)
-any_ppo_args   = $(limits) $(if $(QUICK),--iterations 2 --batch 16 --minibatch 8 --microbatch 8 --max_new 24) $(PPO_FLAGS)
+any_dpo_args   = --loss $(LOSS) $(limits) $(lora)                $(DPO_FLAGS)
+any_ppo_args   = $(limits) $(lora) $(if $(QUICK),--iterations 2 --batch 16 --minibatch 8 --microbatch 8 --max_new 24) $(PPO_FLAGS)
 eval_args      = --policies $(subst $(empty) $(empty),$(comma),$(foreach p,$(POLICIES),$(p)=$(RUN)/$(p))) $(limits)                                       $(if $(QUICK),--prompts 16 --max_new 24) $(EVAL_FLAGS)
 
 # A stage's flags are an input like any other: the file changes only when they do.
@@ -215,7 +218,7 @@ test: .venv/.dev
 	$(PY) -m pytest
 
 parity: .venv/.parity
-	$(PY) -m pytest tests/test_trl.py
+	$(PY) -m pytest tests/test_trl.py tests/test_lora.py -k 'trl or peft'
 
 # After a change of versions in requirements/direct.txt. The CPU build's hash is kept: it comes from elsewhere.
 lock: .venv/bin/python

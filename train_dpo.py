@@ -16,6 +16,7 @@ from mpo.data.batches import Pair, encode, pair_batch
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
 from mpo.logprobs import sequence_logps
+from mpo.lora import adapters_of
 from mpo.losses import PairLogps, pair_metrics
 from mpo.model import Llama
 from mpo.objective import parse_objective
@@ -98,7 +99,7 @@ def main(config: DPOConfig) -> None:
         raise InputError(f"--loss {config.loss}: needs no reference; leave out --ref {config.ref}")
     inputs = {"data": config.data, "model": config.model} | ({"ref": config.ref} if config.ref else {})
     stage = Stage(config, inputs, config.out, config.overwrite)
-    tokenizer, model = load_tokenizer(config.model), load_model(config.model)
+    tokenizer, model = load_tokenizer(config.model), load_model(config.model, adapters_of(config, config.model))
     pairs, counts = encode(read_rows(config.data), tokenizer, config.max_prompt, config.max_response)
     if len({p.row.id for p in pairs}) < len(pairs):
         raise InputError(f"{config.data}: two rows share an id; ids must be unique")
@@ -108,7 +109,8 @@ def main(config: DPOConfig) -> None:
     print(f"{stage.name}: rows {counts}")
     cache: RefLogps = {}
     if not objective.reference_free:
-        cache = reference_logps(load_model(config.ref or config.model), pairs, config.batch)
+        ref = load_model(config.ref) if config.ref else model  # which has not learnt anything yet
+        cache = reference_logps(ref, pairs, config.batch)
 
     with torch.no_grad():
         first = pair_logps(model, pairs[: config.microbatch], cache)

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
 from kernels import Advantages
 from mpo import parallel, ppo
-from mpo.checkpoint import load_model, load_scalar, save_model
+from mpo.checkpoint import load_model, load_scalar, save_model, scalar_from
 from mpo.config import PPOConfig, exact_div, run
 from mpo.data.batches import Pair, encode
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
 from mpo.guards import NotFinite, collapses, failure
-from mpo.model import Llama, ValueHead
+from mpo.lora import BaseOf, adapters_of, critic_on
+from mpo.model import Llama, ScalarModel, ValueHead
 from mpo.ppo_update import Critic, Learner, Update, update
 from mpo.progress import note, progress
 from mpo.randomness import generator
@@ -76,6 +78,10 @@ def check(config: PPOConfig) -> None:
         raise InputError(f"--advantage {config.advantage}: compares responses to one prompt; set --group to 2 or more")
     if config.temperature <= 0:
         raise InputError(f"--temperature {config.temperature}: must be above 0; PPO learns from varied samples")
+    if config.lora_rank and config.ref_rate:
+        raise InputError(
+            f"--ref_rate {config.ref_rate}: with adapters the reference is their base, which does not move"
+        )
     if not 0 <= config.ref_rate <= 1:
         raise InputError(f"--ref_rate {config.ref_rate}: must be between 0 and 1")
 
@@ -89,7 +95,7 @@ def warn(stage: Stage, iteration: int, state: dict[str, Any]) -> dict[str, str]:
 
 
 @torch.no_grad()
-def follow(ref: Llama, policy: Llama, rate: float) -> None:
+def follow(ref: nn.Module, policy: nn.Module, rate: float) -> None:
     """Move the reference towards the policy: ref <- (1 - rate) ref + rate policy."""
     parallel.settle(ref)
     parallel.settle(policy)
@@ -97,17 +103,31 @@ def follow(ref: Llama, policy: Llama, rate: float) -> None:
         r.lerp_(p, rate)
 
 
+def load_critic(config: PPOConfig, policy: Llama) -> Critic | None:
+    """A model that starts as the reward model, with LoRA one on the policy's base, or a head on the policy's trunk."""
+    if config.advantage != "gae":
+        return None
+    if config.shared_critic:
+        model: ScalarModel | ValueHead = ValueHead(policy.config.hidden_size)
+    elif (adapters := adapters_of(config, config.model)) and config.shard:  # two models cannot share sharded weights
+        model = scalar_from(config.model, generator(config.seed, "critic"), adapters)
+        nn.init.zeros_(model.score.weight)
+    elif adapters:
+        model = critic_on(policy, adapters)
+    else:
+        model = load_scalar(config.rm)
+    parallel.learns(model)
+    weight = config.value_coef if config.shared_critic else 1.0
+    return Critic(model, adamw(model, config.critic_lr, 0.0, eps=1e-5), weight)
+
+
 def load_learner(config: PPOConfig) -> Learner:
-    """Policy, reference and critic, with their optimisers."""
-    policy, ref = load_model(config.model), load_model(config.ref).requires_grad_(False)
+    """Policy, reference and critic, with their optimisers; with LoRA they share what does not learn."""
+    policy = load_model(config.model, adapters_of(config, config.model))
+    same = policy.adapters and Path(config.ref).resolve() == Path(config.model).resolve()
+    ref = BaseOf(policy) if same else load_model(config.ref).requires_grad_(False)
     parallel.learns(policy)
-    critic = None
-    if config.advantage == "gae":
-        value_model = ValueHead(policy.config.hidden_size) if config.shared_critic else load_scalar(config.rm)
-        parallel.learns(value_model)
-        weight = config.value_coef if config.shared_critic else 1.0
-        critic = Critic(value_model, adamw(value_model, config.critic_lr, 0.0, eps=1e-5), weight)
-    return Learner(policy, adamw(policy, config.lr, 0.0, eps=1e-5), ref, critic)
+    return Learner(policy, adamw(policy, config.lr, 0.0, eps=1e-5), ref, load_critic(config, policy))
 
 
 def load_prompts(config: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], dict[str, int]]:
@@ -129,8 +149,8 @@ def parts_of(learner: Learner, config: PPOConfig) -> dict[str, Part]:
 
 def main(config: PPOConfig) -> None:
     """Load; then rollout, score, advantages, minibatch updates; save."""
-    check(config)
     setup_torch(config)
+    check(config)
     inputs = {"prompts": config.prompts, "model": config.model, "ref": config.ref, "rm": config.rm}
     stage = Stage(config, inputs, config.out, config.overwrite)
     tokenizer, learner, rm = load_tokenizer(config.model), load_learner(config), load_scalar(config.rm)

@@ -15,6 +15,7 @@ from mpo.data.batches import Pair, encode
 from mpo.data.rows import Row, read_jsonl, read_rows, text_field
 from mpo.errors import InputError
 from mpo.files import write_json
+from mpo.lora import adapters_of
 from mpo.losses import bradley_terry, centring
 from mpo.model import ScalarModel
 from mpo.randomness import generator
@@ -88,7 +89,7 @@ def main(config: RMConfig) -> None:
     setup_torch(config)
     stage = Stage(config, {"data": config.data, "model": config.model}, config.out, config.overwrite)
     tokenizer = load_tokenizer(config.model)
-    rm = scalar_from(config.model, generator(config.seed, "head"))
+    rm = scalar_from(config.model, generator(config.seed, "head"), adapters_of(config, config.model))
     splits, counts = {}, {}
     for split in ("train", "test"):
         rows = read_rows(Path(config.data) / f"{split}.jsonl")

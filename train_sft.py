@@ -15,6 +15,7 @@ from mpo.data.batches import Pair, encode, make_batch
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
 from mpo.logprobs import response_logprobs, sequence_logps
+from mpo.lora import adapters_of
 from mpo.model import PRESETS, Llama, initialise
 from mpo.randomness import generator
 from mpo.scoring import each_batch
@@ -26,6 +27,8 @@ from mpo.training import batches_of, setup_torch, short_rest, train
 def starting_model(config: SFTConfig, tokenizer: Tokenizer) -> Llama:
     """A preset with random weights, or the model of a folder."""
     if config.model in PRESETS:
+        if config.lora_rank:
+            raise InputError("--lora_rank: adapters need a trained base; name a folder with --model")
         model = Llama(
             replace(
                 PRESETS[config.model],
@@ -37,7 +40,7 @@ def starting_model(config: SFTConfig, tokenizer: Tokenizer) -> Llama:
         )
         initialise(model, generator(config.seed, "init"))
         return parallel.shard(model)
-    model = load_model(config.model)
+    model = load_model(config.model, adapters_of(config, config.model))
     if model.config.vocab_size < tokenizer.size:
         raise InputError(
             f"--tokenizer {config.tokenizer}: has {tokenizer.size} pieces, the model of "

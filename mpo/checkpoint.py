@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpo import parallel
+from mpo import lora, parallel
 from mpo.errors import InputError
 from mpo.files import read_json, whole, write_json
+from mpo.lora import Adapters
 from mpo.model import Llama, LlamaConfig, ScalarModel, new_score_head, rotary_frequencies
 
 M = TypeVar("M", Llama, ScalarModel)
@@ -124,11 +125,13 @@ def save_model(folder: Path, model: Llama | ScalarModel, shard_bytes: int = SHAR
     """Write config.json and model.safetensors, or shards with an index where it is larger.
 
     A language model opens in transformers as LlamaForCausalLM. The scalar model's head is in
-    `score.weight`; its `score_mean` and `score_std` are ours.
+    `score.weight`; its `score_mean` and `score_std` are ours. Adapters are merged into the weights; those of a language
+    model are also written by themselves, to the folder `adapters`.
     """
     causal = isinstance(model, Llama)
     parallel.settle(model)
-    tensors: dict[str, Tensor] = {name: t.detach() for name, t in model.state_dict().items()}
+    tensors = {name: t.detach() for name, t in model.state_dict().items() if ".lora_" not in name}
+    layers = {f"{name}.weight": layer for name, layer in lora.adapted(model).items()}
     if causal and model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     shards: list[list[str]] = [[]]
@@ -138,23 +141,20 @@ def save_model(folder: Path, model: Llama | ScalarModel, shard_bytes: int = SHAR
             shards.append([])
         shards[-1].append(name)
     for i, shard in enumerate(shards):
-        _write_shard(folder / _shard_name(i, len(shards)), {name: tensors[name] for name in shard})
+        complete = {n: layers[n].merged() if n in layers else parallel.whole(tensors[n]) for n in shard}
+        if parallel.first():
+            with whole(folder / _shard_name(i, len(shards))) as partial:
+                save_file({name: t.cpu().contiguous() for name, t in complete.items()}, partial, {"format": "pt"})
     if len(shards) > 1:
         where = {name: _shard_name(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": where})
+    if isinstance(model, Llama) and model.adapters:
+        lora.save_adapters(folder / "adapters", model)
     write_json(
         folder / "config.json",
         config_to_json(model.config, "LlamaForCausalLM" if causal else "MPOScalarModel"),
     )
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """All processes bring their parts together, and the first one writes."""
-    complete = {name: parallel.whole(t) for name, t in tensors.items()}
-    if parallel.first():
-        with whole(path) as partial:
-            save_file({name: t.cpu().contiguous() for name, t in complete.items()}, partial, {"format": "pt"})
 
 
 def _shard_name(i: int, count: int) -> str:
@@ -205,14 +205,21 @@ class Tensors:
         return tensor.to(torch.float32, copy=True)  # else it would be the file, mapped
 
 
-def _load(kind: type[M], folder: Path, new: Callable[[LlamaConfig], dict[str, Tensor]] = lambda config: {}) -> M:
+def _load(
+    kind: type[M],
+    folder: Path,
+    adapters: Adapters | None,
+    new: Callable[[LlamaConfig], dict[str, Tensor]] = lambda config: {},
+) -> M:
     """A model from a folder, but for `new` weights: shapes are compared before anything of its size is allocated."""
     config, tensors = config_from_json(folder / "config.json"), Tensors(folder)
     if config.num_hidden_layers > len(tensors.where):
         raise InputError(f"{folder}: config.json says {config.num_hidden_layers} layers, the files hold fewer tensors")
     with torch.device("meta"):
         model = kind(config)
-    given = new(config)
+    if adapters:
+        lora.attach(model, adapters)
+    given = new(config) | (lora.first_values(model, adapters) if adapters else {})
     wanted = {name: t for name, t in model.state_dict().items() if name not in given}
     tied = isinstance(model, Llama) and config.tie_word_embeddings
     if tied:
@@ -235,22 +242,22 @@ def _load(kind: type[M], folder: Path, new: Callable[[LlamaConfig], dict[str, Te
     if isinstance(model, Llama) and tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.model.frequencies = rotary_frequencies(config)
-    return model.requires_grad_(True)
+    return model if adapters else model.requires_grad_(True)
 
 
-def load_model(folder: str | Path) -> Llama:
-    """Load a language model from a folder in Hugging Face layout, in fp32.
+def load_model(folder: str | Path, adapters: Adapters | None = None) -> Llama:
+    """Load a language model from a folder in Hugging Face layout, in fp32, with new adapters where asked for.
 
     Errors: InputError, one line, for a missing, damaged, mismatched or unsupported folder.
     """
-    return _load(Llama, Path(folder))
+    return _load(Llama, Path(folder), adapters)
 
 
 def load_scalar(folder: str | Path) -> ScalarModel:
     """Load a scalar model (reward model or critic) that `save_model` wrote."""
-    return _load(ScalarModel, Path(folder))
+    return _load(ScalarModel, Path(folder), None)
 
 
-def scalar_from(folder: str | Path, generator: torch.Generator) -> ScalarModel:
+def scalar_from(folder: str | Path, generator: torch.Generator, adapters: Adapters | None = None) -> ScalarModel:
     """A scalar model with an untrained head on the trunk of a folder's language model."""
-    return _load(ScalarModel, Path(folder), lambda config: new_score_head(config, generator))
+    return _load(ScalarModel, Path(folder), adapters, lambda config: new_score_head(config, generator))

@@ -58,6 +58,9 @@ class Training(Limits):
     grad_clip: float = 1.0  # largest norm of the gradient
     batch: int = 32  # rows of one optimiser step
     microbatch: int = 32  # rows that fit in memory at once; must divide batch
+    lora_rank: int = 0  # of low-rank adapters, which alone learn (LoRA); 0: all weights learn
+    lora_alpha: float = 16.0  # their scale times their rank
+    lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # the matrices that get one
     save_every: float = 60.0  # seconds between saves, from which an interrupted stage goes on; 0: behind every step
     saves: int = 2  # so many of the last saves are kept until the stage is finished
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kernels
 from mpo.data.batches import Batch
+from mpo.lora import BaseOf
 from mpo.model import Llama
 
 
@@ -34,7 +35,7 @@ class Comparison(NamedTuple):
     mask: Tensor
 
 
-def response_hidden(model: Llama, batch: Batch) -> Tensor:
+def response_hidden(model: Llama | BaseOf, batch: Batch) -> Tensor:
     """Hidden states that predict the response tokens: (M, D), M = number of response tokens."""
     hidden: Tensor = model(batch.ids, batch.pieces)  # (N, D)
     return hidden.index_select(0, batch.before)
@@ -54,7 +55,7 @@ def response_logprobs(
 
 
 def compare(
-    policy: Llama, ref: Llama, batch: Batch, temperature: float = 1.0, hidden: Tensor | None = None
+    policy: Llama, ref: Llama | BaseOf, batch: Batch, temperature: float = 1.0, hidden: Tensor | None = None
 ) -> Comparison:
     """Log-probs of both models and their exact per-token KL(policy || ref), in one pass; `hidden`: the policy's."""
     flat = kernels.policy_reference(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 import kernels
 from kernels import LayerWeights, Pieces
 from kernels.reference import KVCache
+
+if TYPE_CHECKING:
+    from mpo.lora import Adapters
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of the angles of N tokens, (N, d/2) each
 
@@ -106,6 +109,10 @@ class Linear(nn.Linear):
         """(N, inputs) -> (N, outputs)"""
         return kernels.linear(x, self.weight)
 
+    def merged(self) -> Tensor:
+        """(outputs, inputs): the matrix it multiplies with; see lora.AdaptedLinear."""
+        return self.weight
+
 
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
@@ -160,9 +167,11 @@ class Block(nn.Module):
     def weights(self) -> LayerWeights:
         """All of them, by role."""
         a, m = self.self_attn, self.mlp
-        attention = (layer.weight for layer in (self.input_layernorm, a.q_proj, a.k_proj, a.v_proj, a.o_proj))
-        mlp = (layer.weight for layer in (self.post_attention_layernorm, m.gate_proj, m.up_proj, m.down_proj))
-        return LayerWeights(*attention, *mlp)
+        q, k, v, o = (layer.merged() for layer in (a.q_proj, a.k_proj, a.v_proj, a.o_proj))
+        gate, up, down = (layer.merged() for layer in (m.gate_proj, m.up_proj, m.down_proj))
+        return LayerWeights(
+            self.input_layernorm.weight, q, k, v, o, self.post_attention_layernorm.weight, gate, up, down
+        )
 
 
 class Trunk(nn.Module):
@@ -205,6 +214,8 @@ class Trunk(nn.Module):
 class Llama(nn.Module):
     """The language model: trunk and head. `forward` gives hidden states; logprobs.py does the rest."""
 
+    adapters: Adapters | None = None  # lora.py
+
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
@@ -230,6 +241,8 @@ class Llama(nn.Module):
 
 class ScalarModel(nn.Module):
     """A trunk with a scalar head: one number a position. Reward model and critic."""
+
+    adapters: Adapters | None = None  # lora.py
 
     def __init__(self, config: LlamaConfig):
         super().__init__()

@@ -69,9 +69,11 @@ def first() -> bool:
 def may_speak_last() -> bool:
     """True for one process: the one that says why the job ended, rather the first one where all know."""
     if not first():
-        time.sleep(0.5)
+        time.sleep(0.5)  # it has more to say, such as the end of its progress bar
+    if _store is None:  # not joined yet: the flags are wrong, for all of them
+        return os.environ.get("RANK", "0") == "0"
     try:
-        return _store is None or _store.add("endings", 1) == 1
+        return int(_store.add("endings", 1)) == 1
     except (RuntimeError, ValueError):  # whoever kept the store is gone
         return True
 

@@ -13,6 +13,7 @@ from mpo.config import PPOConfig
 from mpo.data.batches import Batch
 from mpo.guards import agree_finite, not_finite
 from mpo.logprobs import compare, response_hidden, response_logprobs
+from mpo.lora import BaseOf
 from mpo.model import Llama, ScalarModel, ValueHead
 from mpo.randomness import generator
 from mpo.rollout import Rollout, check_agreement, state_values
@@ -44,7 +45,7 @@ class Learner:
 
     policy: Llama
     optimiser: torch.optim.AdamW
-    ref: Llama
+    ref: Llama | BaseOf
     critic: Critic | None
 
     @property

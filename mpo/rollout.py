@@ -15,6 +15,7 @@ from mpo.data.batches import Batch, make_batch
 from mpo.errors import InputError
 from mpo.guards import NotFinite, not_finite
 from mpo.logprobs import Comparison, compare, response_hidden
+from mpo.lora import BaseOf
 from mpo.model import Llama, ScalarModel, ValueHead
 from mpo.sampling import Sampling, generate
 from mpo.scoring import score
@@ -47,7 +48,7 @@ def state_values(critic: ScalarModel | ValueHead, batch: Batch, hidden: Tensor) 
 @torch.no_grad()
 def roll_out(
     policy: Llama,
-    ref: Llama,
+    ref: Llama | BaseOf,
     rm: ScalarModel,
     critic: ScalarModel | ValueHead | None,
     prompts: Sequence[list[int]],

@@ -182,5 +182,7 @@ def _digest(about: dict[str, Any]) -> str:
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, a shared one once."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
+    """Buffers, and the parameters that learn (or all of a model that only follows another), a shared one once."""
+    parameters = dict(model.named_parameters())
+    learning = {name: p for name, p in parameters.items() if p.requires_grad}
+    return (learning or parameters) | dict(model.named_buffers())

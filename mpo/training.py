@@ -64,8 +64,8 @@ def setup_torch(config: Common) -> None:
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices, rest = [p for p in learning if p.dim() > 1], [p for p in learning if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
 

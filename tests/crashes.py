@@ -35,8 +35,14 @@ STAGES: dict[str, tuple[Any, type, str]] = {
     "rm": (train_rm, RMConfig, "--data {run}/data --model {run}/sft --batch 8 --microbatch 8 --epochs 2"),
     "dpo": (train_dpo, DPOConfig, f"{DPO} --microbatch 8 --keep 2"),
     "dpo-bco": (train_dpo, DPOConfig, f"{DPO} --microbatch 4 --loss bco_pair+0.1*sft"),
+    "dpo-lora": (train_dpo, DPOConfig, f"{DPO} --microbatch 4 --lora_rank 2 --lr 1e-2"),
     "ppo": (train_ppo, PPOConfig, f"{MODELS} {PPO} --iterations 12 --keep 2 --kl_target 1"),
     "ppo-shared": (train_ppo, PPOConfig, f"{MODELS} {PPO} --iterations 12 --shared_critic true --ref_rate 0.2"),
+    "ppo-lora": (
+        train_ppo,
+        PPOConfig,
+        f"{MODELS.replace('{run}/sft', '{run}/dpo')} {PPO} --iterations 12 --lora_rank 2",
+    ),
     "ppo-grpo": (train_ppo, PPOConfig, f"{MODELS} {PPO} --iterations 6 --advantage grpo --group 4 --threads 2"),
 }
 

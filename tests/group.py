@@ -25,6 +25,9 @@ CASES = [
     ("ppo", 2, False),
     ("ppo", 4, True),
     ("ppo-shared", 2, True),
+    ("dpo-lora", 2, True),
+    ("ppo-lora", 2, False),
+    ("ppo-lora", 2, True),
     ("ppo-grpo", 2, False),
 ]
 

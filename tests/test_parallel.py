@@ -138,6 +138,8 @@ def test_what_is_wrong_is_said_once(hh_run, tmp_path):
         f"train_dpo.py: error: --model {tmp_path / 'nowhere'}: no such file or folder; has the stage that writes it "
         "run?"
     ]
+    done = processes(2, *command(DPO, hh_run, tmp_path / "out", "--bta", 1), expect=2)
+    assert done.stderr.splitlines() == ["train_dpo.py: error: unknown flag --bta; did you mean --beta?"]
     done = processes(3, *command(DPO, hh_run, tmp_path / "out"), expect=2)
     assert "8 is not a multiple of the 3 processes" in done.stderr.splitlines()[-1]
 
