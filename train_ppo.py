@@ -23,7 +23,7 @@ from mpo.data.rows import read_rows
 from mpo.errors import InputError
 from mpo.guards import NotFinite, collapses, failure
 from mpo.lora import BaseOf, adapters_of, critic_on
-from mpo.model import Llama, ScalarModel, ValueHead
+from mpo.model import Llama, ScalarModel, ValueHead, recompute_activations
 from mpo.ppo_update import Critic, Learner, Update, update
 from mpo.progress import note, progress
 from mpo.randomness import generator
@@ -127,7 +127,10 @@ def load_learner(config: PPOConfig) -> Learner:
     same = policy.adapters and Path(config.ref).resolve() == Path(config.model).resolve()
     ref = BaseOf(policy) if same else load_model(config.ref).requires_grad_(False)
     parallel.learns(policy)
-    return Learner(policy, adamw(policy, config.lr, 0.0, eps=1e-5), ref, load_critic(config, policy))
+    learner = Learner(policy, adamw(policy, config.lr, 0.0, eps=1e-5), ref, load_critic(config, policy))
+    for model in learner.models:
+        recompute_activations(model, config.recompute)
+    return learner
 
 
 def load_prompts(config: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], dict[str, int]]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels import LayerWeights, Pieces
@@ -158,8 +159,17 @@ class Block(nn.Module):
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
+        self.recompute = False  # activations in the backward pass, instead of keeping them (1604.06174)
 
     def forward(self, x: Tensor, rope: Rope, pieces: Pieces, cache: KVCache | None, layer: int) -> Tensor:
+        """(N, D) -> (N, D)"""
+        inputs = (x, rope, pieces, cache, layer)
+        if self.recompute and torch.is_grad_enabled():
+            again: Tensor = checkpoint(self.compute, *inputs, use_reentrant=False)
+            return again
+        return self.compute(*inputs)
+
+    def compute(self, x: Tensor, rope: Rope, pieces: Pieces, cache: KVCache | None, layer: int) -> Tensor:
         """(N, D) -> (N, D)"""
         x = x + self.self_attn(self.input_layernorm(x), rope, pieces, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -272,6 +282,13 @@ class ValueHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N,) in fp32."""
         return self.score(hidden).squeeze(-1).float()
+
+
+def recompute_activations(model: nn.Module, on: bool) -> None:
+    """Whether every layer's activations are computed again in the backward pass: a third more work, less memory."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.recompute = on
 
 
 def initialise(model: Llama | ScalarModel, generator: torch.Generator) -> None:

@@ -18,7 +18,7 @@ from mpo.config import Common, Training, exact_div
 from mpo.data.batches import Pair, shuffled_batches
 from mpo.errors import InputError
 from mpo.guards import NotFinite, agree_finite, failure, not_finite
-from mpo.model import Llama, ScalarModel
+from mpo.model import Llama, ScalarModel, recompute_activations
 from mpo.progress import progress
 from mpo.saves import Part, Saves
 from mpo.stage import Stage
@@ -174,6 +174,7 @@ def train(
     """
     exact_div(config.batch, config.microbatch, "--batch and --microbatch")
     parallel.learns(model)
+    recompute_activations(model, config.recompute)
     optimiser = adamw(model, config.lr, config.weight_decay)
     saves = Saves(stage, config, {"model": Part(model, optimiser)})
     done, numbers = saves.restore({"recent": [], "memory": memory.state() if memory else {}})

@@ -62,7 +62,7 @@ def main() -> None:
     for stage, count, sharded in [*sorted({(stage, 1, False) for stage, _, _ in CASES}), *CASES]:
         out = work / name(stage, count, sharded)
         few = FEW[stage.split("-")[0]].split()
-        statuses = together(stage, base, out, count, *few, "--shard", str(sharded))
+        statuses = together(stage, base, out, count, *few, "--shard", str(sharded), "--recompute", str(count == 4))
         if any(statuses):
             sys.exit(f"{out.name} ended with {statuses}: {out.with_suffix('.log').read_text()[-3000:]}")
 

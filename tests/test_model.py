@@ -9,7 +9,7 @@ import torch
 
 from kernels import Pieces
 from mpo.checkpoint import load_model, save_model
-from mpo.model import PRESETS, LlamaConfig, rotary_frequencies
+from mpo.model import PRESETS, LlamaConfig, recompute_activations, rotary_frequencies
 from tests.conftest import STORIES, needs_stories, small_model
 
 
@@ -109,6 +109,21 @@ def test_a_folder_written_by_transformers_loads(old_form, tmp_path):
     ids = torch.randint(0, 61, (2, 50))
     with torch.no_grad():
         torch.testing.assert_close(load_model(tmp_path).logits(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+
+
+def test_recomputed_activations_give_the_same_gradients_and_are_not_kept():
+    kept, again = small_model(num_hidden_layers=4), small_model(num_hidden_layers=4)
+    recompute_activations(again, True)
+    ids, pieces, sizes = torch.randint(0, 61, (50,)), Pieces([30, 20]), []
+    for model in (kept, again):
+        total = [0]
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, total=total: total.append(t.numel()) or t, lambda t: t):
+            loss = model(ids, pieces).square().sum()
+        loss.backward()
+        sizes.append(sum(total))
+    for a, b in zip(kept.parameters(), again.parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+    assert sizes[1] < sizes[0] / 4
 
 
 # Shapes of real models, made small: what matters is which fields their config.json has.
