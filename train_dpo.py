@@ -109,8 +109,8 @@ def main(config: DPOConfig) -> None:
     print(f"{stage.name}: rows {counts}")
     cache: RefLogps = {}
     if not objective.reference_free:
-        ref = load_model(config.ref) if config.ref else model  # which has not learnt anything yet
-        cache = reference_logps(ref, pairs, config.batch)
+        # A model that has not learnt yet is its own reference; another one is forgotten when it has been asked.
+        cache = reference_logps(load_model(config.ref) if config.ref else model, pairs, config.batch)
 
     with torch.no_grad():
         first = pair_logps(model, pairs[: config.microbatch], cache)

@@ -44,6 +44,7 @@ class Limits(Common):
     max_prompt: int = 384  # prompt tokens with BOS; the oldest turns of a longer dialogue are cut
     max_response: int = 128  # response tokens with EOS; a row with a longer response is dropped
     bf16: bool = False  # round what matrix products multiply to bf16; weights and sums stay fp32
+    plan: bool = False  # print how much memory the stage will take, and stop there
     shard: bool = False  # with several processes, each keeps a part of every weight (FSDP2), not a copy (DDP)
 
 
@@ -277,8 +278,18 @@ def parse(cls: type[C], argv: list[str]) -> C:
 
 
 def run(main: Callable[[Any], None], cls: type[C]) -> None:
-    """Run a stage script on its flags."""
-    run_plain(lambda argv: main(parse(cls, argv)))
+    """Run a stage script on its flags; with --plan true only say what memory that would take."""
+
+    def go(argv: list[str]) -> None:
+        config = parse(cls, argv)
+        if isinstance(config, Training | SplitConfig | EvalConfig) and config.plan:
+            from mpo import plan
+
+            plan.show(config)
+        else:
+            main(config)
+
+    run_plain(go)
 
 
 def run_plain(main: Callable[[list[str]], None]) -> None:

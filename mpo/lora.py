@@ -65,7 +65,7 @@ class AdaptedLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs) -> (N, outputs)"""
         y = super().forward(x)
-        return y + self.scale * self.lora_B(self.lora_A(x)) if self.on else y
+        return y.add_(self.lora_B(self.lora_A(x)), alpha=self.scale) if self.on else y
 
     def merged(self) -> Tensor:
         """(outputs, inputs): W + (alpha / r) B A, or W where it is off; sharded ones are put together."""

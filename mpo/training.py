@@ -59,7 +59,8 @@ def setup_torch(config: Common) -> None:
     torch.set_num_threads(config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     torch.set_flush_denormal(True)
     kernels.use_bf16(getattr(config, "bf16", False))
-    keep_freed_memory()
+    if not getattr(config, "recompute", False):  # which wants memory back, and not in pieces
+        keep_freed_memory()
 
 
 def adamw(model: nn.Module, lr: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:

@@ -1,0 +1,170 @@
+"""python -m benchmarks.plans: docs/memory.md: plans of real models, and plans against measured peaks.
+
+The measured ones run every stage that trains, two steps or more at the full lengths of the limits, on random models.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mpo.checkpoint import save_model
+from mpo.config import DPOConfig, PPOConfig, RMConfig, SFTConfig, Training
+from mpo.data.rows import Row, write_rows
+from mpo.model import PRESETS, Llama, LlamaConfig, initialise, scalar_from
+from mpo.plan import lines, parameters
+from mpo.randomness import generator
+from mpo.tokenizer import Tokenizer, train_tokenizer
+from mpo.world.build import build
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "memory.md"
+PROMPT, RESPONSE = 100, 60  # tokens of every row
+SIZES = {"mini": 8, "small": 8, "base": 4}  # preset -> microbatch
+GB80 = 80e9
+
+
+def text_of(tokenizer: Tokenizer, tokens: int, draw: random.Random) -> str:
+    """Of exactly so many tokens, another one each time."""
+    text = ""
+    while (have := len(tokenizer.vocabulary.encode(text))) != tokens:
+        text = text + " " + draw.choice("abcdefgh") if have < tokens else ""
+    return text
+
+
+def write_inputs(folder: Path, size: str) -> None:
+    """A random model and reward model of a size, and rows that fill every limit."""
+    rows = build("hh", seed=3, train=200, test=4)["train"]
+    tokenizer = train_tokenizer((t for r in rows for t in (r.prompt, r.chosen)), 500, seed=1)
+    draw = random.Random(1)
+    for split, count in (("train", 24), ("test", 4)):
+        texts = ([text_of(tokenizer, n - 1, draw) for n in (PROMPT, RESPONSE, RESPONSE)] for _ in range(count))
+        full = [Row(f"{split}-{i}", p, chosen=c, rejected=r) for i, (p, c, r) in enumerate(texts)]
+        write_rows(folder / "data" / f"{split}.jsonl", full)
+    tokenizer.save(folder / "tokenizer")
+    model = Llama(replace(PRESETS[size], vocab_size=tokenizer.size, eos_token_id=tokenizer.eos))
+    initialise(model, generator(1, "init"))
+    for name, made in (("model", model), ("rm", scalar_from(model, generator(1, "head")))):
+        save_model(folder / name, made)
+        tokenizer.save(folder / name)
+
+
+def command(folder: Path, stage: str, microbatch: int) -> list[str]:
+    """A stage on these inputs."""
+    data, model = ["--data", f"{folder}/data"], ["--model", f"{folder}/model"]
+    flags = {
+        "sft": ["train_sft.py", *data, "--tokenizer", f"{folder}/tokenizer", *model, "--epochs", "1"],
+        "rm": ["train_rm.py", *data, *model, "--epochs", "1"],
+        "dpo": ["train_dpo.py", "--data", f"{folder}/data/train.jsonl", *model, "--steps", "2"],
+        "ppo": [
+            *("train_ppo.py", "--prompts", f"{folder}/data/train.jsonl", *model, "--ref", f"{folder}/model"),
+            *("--rm", f"{folder}/rm", "--iterations", "1", "--max_new", str(RESPONSE), "--epochs", "1"),
+        ],
+    }[stage]
+    sizes = ["--batch", "16", "--minibatch", str(microbatch)] if stage == "ppo" else ["--batch", str(microbatch)]
+    limits = ["--max_prompt", str(PROMPT), "--max_response", str(RESPONSE), "--saves", "1", "--threads", "1"]
+    out = ["--out", f"{folder}/{stage}", "--overwrite", "true", "--microbatch", str(microbatch)]
+    return [sys.executable, *flags, *sizes, *limits, *out]
+
+
+def measure(folder: Path, stage: str, microbatch: int, *more: str) -> tuple[float, float]:
+    """MB that a stage says it will need, and needs."""
+    asked = [*command(folder, stage, microbatch), *more]
+    said = subprocess.run([*asked, "--plan", "true"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    planned = float(re.findall(r"total +([\d,]+) MB", said)[0].replace(",", ""))
+    subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    manifest: dict[str, Any] = json.loads((folder / stage / "manifest.json").read_text())
+    return planned, manifest["peak_memory_mb"]
+
+
+def measured_table() -> Iterator[str]:
+    """Every stage at every size, and what saves memory at one."""
+    yield "| model | stage | planned, MB | measured, MB | planned / measured |\n|---|---|---|---|---|"
+    for size, microbatch in SIZES.items():
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_inputs(folder, size)
+            cases: list[tuple[str, tuple[str, ...]]] = [(stage, ()) for stage in STAGES]
+            if size == "small":
+                cases += [(s, m) for s in ("dpo", "ppo") for m in (("--recompute", "true"), ("--lora_rank", "8"))]
+            millions = parameters(replace(PRESETS[size], vocab_size=500)) / 1e6
+            for stage, more in cases:
+                planned, found = measure(folder, stage, microbatch, *more)
+                what = f"{size} ({millions:.0f} M)", " ".join((stage, *more))
+                yield f"| {what[0]} | {what[1]} | {planned:,.0f} | {found:,.0f} | {planned / found:.2f} |"
+                print(f"{what[0]} {what[1]}: planned {planned:,.0f} MB, measured {found:,.0f} MB", file=sys.stderr)
+
+
+def real(d: int, ffn: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool) -> LlamaConfig:
+    """The shape of a model that people have."""
+    shape: dict[str, Any] = {
+        "hidden_size": d,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+    }
+    more: dict[str, Any] = {"num_key_value_heads": kv, "head_dim": d // heads, "vocab_size": vocabulary}
+    return replace(LlamaConfig(), **shape, **more, tie_word_embeddings=tied)
+
+
+MODELS = {
+    "SmolLM2-135M": real(576, 1536, 30, 9, 3, 49152, True),
+    "SmolLM2-360M": real(960, 2560, 32, 15, 5, 49152, True),
+    "TinyLlama-1.1B": real(2048, 5632, 22, 32, 4, 32000, False),
+    "SmolLM2-1.7B": real(2048, 8192, 24, 32, 32, 49152, True),
+    "Llama-2-7B": real(4096, 11008, 32, 32, 32, 32000, False),
+    "Llama-3-8B": real(4096, 14336, 32, 32, 8, 128256, False),
+    "Llama-2-13B": real(5120, 13824, 40, 40, 40, 32000, False),
+    "Llama-3-70B": real(8192, 28672, 80, 64, 8, 128256, False),
+}
+LIMITS: dict[str, Any] = {"out": "", "max_prompt": 512, "max_response": 256, "recompute": True, "shard": True}
+LIMITS |= {"batch": 1024, "microbatch": 4}
+STAGES: dict[str, tuple[type[Training], dict[str, Any]]] = {
+    "sft": (SFTConfig, {"data": "", "tokenizer": ""}),
+    "rm": (RMConfig, {"data": "", "model": ""}),
+    "dpo": (DPOConfig, {"data": "", "model": ""}),
+    "ppo": (PPOConfig, {"prompts": "", "model": "", "ref": "", "rm": "", "minibatch": 1024, "max_new": 256}),
+}
+
+
+def needed(c: LlamaConfig, stage: str, **more: Any) -> str:
+    """The fewest 80 GB GPUs (a power of two) that hold a stage, and the GB that each then needs."""
+    kind, flags = STAGES[stage]
+    config = kind(**LIMITS, **flags, **more)
+    for processes in (2**i for i in range(11)):
+        total = sum(line.bytes for line in lines(config, c, processes, base=1e9, cpu=False))
+        if total <= GB80:
+            return f"{processes} ({total / 1e9:,.0f})"
+    return "-"
+
+
+def plan_table() -> Iterator[str]:
+    """Every model, every stage, with all weights learning and with adapters."""
+    yield f"| model | parameters | {' | '.join(f'{s} | {s}, LoRA' for s in STAGES)} |"
+    yield "|---" * (2 + 2 * len(STAGES)) + "|"
+    for name, c in MODELS.items():
+        cells = [needed(c, stage, lora_rank=rank) for stage in STAGES for rank in (0, 16)]
+        yield f"| {name} | {parameters(c) / 1e9:,.2f} B | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    """Measure, and write the page's two tables anew."""
+    page = PAGE.read_text()
+    for mark, table in (("plans", plan_table), ("measured", measured_table)):
+        if mark in (sys.argv[1:] or ("plans", "measured")):
+            before, _, rest = page.partition(f"<!-- {mark} -->\n")
+            behind = rest[rest.index(f"<!-- end of {mark} -->") :]
+            page = f"{before}<!-- {mark} -->\n" + "\n".join(table()) + f"\n{behind}"
+    PAGE.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
