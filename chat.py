@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mpo.checkpoint import load_model
-from mpo.config import ChatConfig, run
+from mpo.config import ChatConfig
 from mpo.data.batches import fit_prompt
 from mpo.data.hh import ASSISTANT, HUMAN
 from mpo.data.tldr import prompt_text
+from mpo.program import run
 from mpo.randomness import generator
 from mpo.sampling import Sampling, generate
 from mpo.tokenizer import load_tokenizer

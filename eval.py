@@ -11,13 +11,14 @@ from torch import Tensor
 
 from mpo import evaluation, reporting
 from mpo.checkpoint import load_model, load_scalar
-from mpo.config import EvalConfig, run
+from mpo.config import EvalConfig
 from mpo.data.batches import Pair, encode, make_batch
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
 from mpo.files import write_json, write_text
 from mpo.logprobs import compare
 from mpo.model import Llama, ScalarModel
+from mpo.program import run
 from mpo.progress import progress
 from mpo.randomness import generator
 from mpo.sampling import Sampling, generate

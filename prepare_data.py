@@ -6,11 +6,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from mpo.config import DataConfig, run
+from mpo.config import DataConfig
 from mpo.data import hh, tldr
 from mpo.data.rows import Row, read_rows, write_rows
 from mpo.errors import InputError
 from mpo.files import write_text
+from mpo.program import run
 from mpo.stage import Stage
 from mpo.world.build import build, flip_labels, probe_sheet
 

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from mpo import evaluation
 from mpo.checkpoint import load_scalar
-from mpo.config import SplitConfig, run
+from mpo.config import SplitConfig
 from mpo.data.batches import Pair, encode
 from mpo.data.rows import read_rows, write_rows
 from mpo.errors import InputError
 from mpo.files import write_text
 from mpo.model import ScalarModel
+from mpo.program import run
 from mpo.scoring import score_all
 from mpo.split import Split, assign, control, gap_over_uncertainty, split_by_gap, threshold
 from mpo.stage import Stage, hash_tree

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpo import parallel
 from mpo.checkpoint import load_model, save_model
-from mpo.config import DPOConfig, run
+from mpo.config import DPOConfig
 from mpo.data.batches import Pair, encode, pair_batch
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
@@ -20,6 +20,7 @@ from mpo.lora import adapters_of
 from mpo.losses import PairLogps, pair_metrics
 from mpo.model import Llama
 from mpo.objective import parse_objective
+from mpo.program import run
 from mpo.scoring import each_batch
 from mpo.stage import Stage
 from mpo.tokenizer import load_tokenizer

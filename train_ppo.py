@@ -17,7 +17,7 @@ import kernels
 from kernels import Advantages
 from mpo import parallel, ppo
 from mpo.checkpoint import load_model, load_scalar, save_model, scalar_from
-from mpo.config import PPOConfig, exact_div, run
+from mpo.config import PPOConfig, exact_div
 from mpo.data.batches import Pair, encode
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
@@ -25,6 +25,7 @@ from mpo.guards import NotFinite, collapses, failure
 from mpo.lora import BaseOf, adapters_of, critic_on
 from mpo.model import Llama, ScalarModel, ValueHead, recompute_activations
 from mpo.ppo_update import Critic, Learner, Update, update
+from mpo.program import run
 from mpo.progress import note, progress
 from mpo.randomness import generator
 from mpo.rollout import Rollout, roll_out, rollout_metrics

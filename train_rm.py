@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpo import evaluation
 from mpo.checkpoint import save_model, scalar_from
-from mpo.config import RMConfig, run
+from mpo.config import RMConfig
 from mpo.data.batches import Pair, encode
 from mpo.data.rows import Row, read_jsonl, read_rows, text_field
 from mpo.errors import InputError
@@ -18,6 +18,7 @@ from mpo.files import write_json
 from mpo.lora import adapters_of
 from mpo.losses import bradley_terry, centring
 from mpo.model import ScalarModel
+from mpo.program import run
 from mpo.randomness import generator
 from mpo.reporting import interval
 from mpo.scoring import score_all, score_pairs

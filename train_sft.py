@@ -10,13 +10,14 @@ from torch import Tensor
 
 from mpo import parallel
 from mpo.checkpoint import load_model, save_model
-from mpo.config import SFTConfig, run
+from mpo.config import SFTConfig
 from mpo.data.batches import Pair, encode, make_batch
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
 from mpo.logprobs import response_logprobs, sequence_logps
 from mpo.lora import adapters_of
 from mpo.model import PRESETS, Llama, initialise
+from mpo.program import run
 from mpo.randomness import generator
 from mpo.scoring import each_batch
 from mpo.stage import Stage

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mpo.config import TokenizerConfig, run
+from mpo.config import TokenizerConfig
 from mpo.data.rows import read_rows
 from mpo.model import PRESETS
+from mpo.program import run
 from mpo.stage import Stage
 from mpo.tokenizer import load_tokenizer, train_tokenizer
 

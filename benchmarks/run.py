@@ -15,9 +15,10 @@ from typing import Any
 
 from benchmarks import workload
 from experiments.grid import ROOT, commit, machine
-from mpo.config import parse, run_plain
+from mpo.config import parse
 from mpo.errors import InputError
 from mpo.files import read_json, write_json, write_text
+from mpo.program import run_plain
 from mpo.reporting import table
 
 Row = dict[str, Any]

@@ -15,8 +15,9 @@ from typing import Any
 from benchmarks.run import hold, python_of, write_page
 from experiments import figures
 from experiments.grid import ROOT, commit, machine
-from mpo.config import parse, run_plain
+from mpo.config import parse
 from mpo.files import read_json, write_json
+from mpo.program import run_plain
 
 AXES = {
     "vocabulary": (2048, 8192, 32768),

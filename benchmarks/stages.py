@@ -9,9 +9,9 @@ from pathlib import Path
 
 from benchmarks.run import write_page
 from experiments.grid import ROOT, commit, machine
-from mpo.config import run_plain
 from mpo.errors import InputError
 from mpo.files import read_json, write_json
+from mpo.program import run_plain
 from mpo.reporting import table
 from mpo.stage import read_manifest
 

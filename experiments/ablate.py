@@ -19,11 +19,12 @@ import numpy as np
 from experiments import figures
 from experiments.grid import Cell, make, read_results, run_cells
 from experiments.statistics import column, contrast, difference, hierarchical_bootstrap, win
-from mpo.config import parse, run_plain
+from mpo.config import parse
 from mpo.errors import InputError
 from mpo.files import write_text
 from mpo.losses import PREFERENCE_LOSSES
 from mpo.ppo import GROUP_ESTIMATORS
+from mpo.program import run_plain
 from mpo.reporting import interval, percent, table
 
 Variables = dict[str, str]

@@ -17,9 +17,10 @@ from itertools import groupby, product
 from experiments import page
 from experiments.grid import ROOT, Cell, make, read_results, run_cells
 from experiments.plan import FIRST_STAGE, FULL, REDUCED, TRIALS, TUNED, Plan
-from mpo.config import parse, run_plain
+from mpo.config import parse
 from mpo.errors import InputError
 from mpo.files import read_json, write_json
+from mpo.program import run_plain
 
 GRIDS = ("tune", "main", "noise", "gamma", "pushed", "page")
 

@@ -20,8 +20,7 @@ from torch import Tensor
 from mpo import lora, parallel
 from mpo.errors import InputError
 from mpo.files import read_json, whole, write_json
-from mpo.lora import Adapters
-from mpo.model import Llama, LlamaConfig, ScalarModel, new_score_head, rotary_frequencies
+from mpo.model import Adapters, Llama, LlamaConfig, ScalarModel, new_score_head, rotary_frequencies
 
 M = TypeVar("M", Llama, ScalarModel)
 SHARD_BYTES = 4 << 30

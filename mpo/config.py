@@ -10,18 +10,14 @@ import argparse
 import difflib
 import inspect
 import math
-import os
 import re
 import sys
-import time
 import typing
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
-from mpo import interrupts, parallel
-from mpo.errors import Ending, InputError, RunError
+from mpo.errors import InputError
 
 C = TypeVar("C")
 SIZES = {"batch", "minibatch", "microbatch", "max_prompt", "max_response", "max_new", "iterations", "group", "saves"}
@@ -275,52 +271,6 @@ def parse(cls: type[C], argv: list[str]) -> C:
                 f"--{name} {value}: must be a {'positive' if name in SIZES else 'whole'} number below 2^31"
             )
     return cls(**vars(values))
-
-
-def run(main: Callable[[Any], None], cls: type[C]) -> None:
-    """Run a stage script on its flags; with --plan true only say what memory that would take."""
-
-    def go(argv: list[str]) -> None:
-        config = parse(cls, argv)
-        if isinstance(config, Training | SplitConfig | EvalConfig) and config.plan:
-            from mpo import plan
-
-            plan.show(config)
-        else:
-            main(config)
-
-    run_plain(go)
-
-
-def run_plain(main: Callable[[list[str]], None]) -> None:
-    """Run a program on its arguments; whatever ends it early is one line and an exit status (errors.py)."""
-    interrupts.install()
-    try:
-        main(sys.argv[1:])
-        parallel.stop()
-    except Ending as e:
-        _end({InputError: "error: ", RunError: "stopped: "}.get(type(e), "") + str(e), e.status)
-    except OSError as e:
-        _end(f"stopped: {e.filename or 'a file'}: {e.strerror or e}", 1)
-    except RuntimeError as e:
-        if not parallel.lost_another(e):
-            raise
-        if "MPO_LAUNCHED" in os.environ:  # launch.py says who died, when it has noticed
-            interrupts.ignore()
-            time.sleep(2)
-            os._exit(1)
-        _end("stopped: another process of this job has ended; the same command goes on from the last save", 1)
-
-
-def _end(line: str, status: int) -> NoReturn:
-    """The last words of this program; of several processes only one says why they ended."""
-    interrupts.ignore()
-    if parallel.may_speak_last():
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    if parallel.count() > 1:
-        os._exit(status)  # the others cannot be waited for
-    sys.exit(status)
 
 
 def exact_div(whole: int, part: int, names: str) -> int:

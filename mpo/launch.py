@@ -11,8 +11,8 @@ import os
 import signal
 import sys
 
-from mpo.config import run_plain
 from mpo.errors import InputError, Interrupted, RunError
+from mpo.program import run_plain
 
 
 def main(argv: list[str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from mpo import parallel
 from mpo.errors import InputError
 from mpo.files import whole, write_json
-from mpo.model import Linear, Llama, ScalarModel
+from mpo.model import Adapters, Linear, Llama, ScalarModel
 from mpo.randomness import generator
 
 if TYPE_CHECKING:
@@ -27,17 +26,6 @@ if TYPE_CHECKING:
     from mpo.config import Training
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclass(frozen=True)
-class Adapters:
-    """Which matrices get adapters, and how large."""
-
-    rank: int  # r
-    alpha: float  # what B A x is scaled by, times r
-    targets: tuple[str, ...]
-    seed: int  # of A's first values
-    base: str  # the folder of the weights that stay as they are
 
 
 def adapters_of(config: Training, base: str) -> Adapters | None:

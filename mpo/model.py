@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,6 @@ from torch.utils.checkpoint import checkpoint
 import kernels
 from kernels import LayerWeights, Pieces
 from kernels.reference import KVCache
-
-if TYPE_CHECKING:
-    from mpo.lora import Adapters
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of the angles of N tokens, (N, d/2) each
 
@@ -70,6 +67,17 @@ PRESETS = {  # the vocabulary comes from the tokenizer
         4096, 11008, 32, 32, 32, max_position_embeddings=4096, tie_word_embeddings=False
     ),  # Llama-2-7B's shape
 }
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Which matrices of a model get low-rank adapters (lora.py), and how large."""
+
+    rank: int  # r
+    alpha: float  # what B A x is scaled by, times r
+    targets: tuple[str, ...]
+    seed: int  # of A's first values
+    base: str  # the folder of the weights that stay as they are
 
 
 def rotary_frequencies(config: LlamaConfig) -> Tensor:

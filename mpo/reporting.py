@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpo.config import EvalConfig, run_plain
+from mpo.config import EvalConfig
 from mpo.errors import InputError
 from mpo.evaluation import stratified
 from mpo.files import read_json, write_text
+from mpo.program import run_plain
 
 NAMES = {"sft": "SFT", "dpo": "DPO", "mpo": "MPO", "ppo": "PPO", "chosen": "data set's chosen"}
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpo.config import run_plain
 from mpo.errors import InputError
 from mpo.files import sha256
+from mpo.program import run_plain
 from mpo.reporting import table
 from mpo.stage import SAVES, hash_tree, read_manifest
 

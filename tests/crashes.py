@@ -22,8 +22,9 @@ import train_ppo
 import train_rm
 import train_sft
 from mpo import files
-from mpo.config import DPOConfig, PPOConfig, RMConfig, SFTConfig, run
+from mpo.config import DPOConfig, PPOConfig, RMConfig, SFTConfig
 from mpo.files import sha256
+from mpo.program import run
 
 PPO = "--batch 8 --minibatch 4 --microbatch 4 --max_new 10 --critic_warmup 1"
 MODELS = "--prompts {run}/split/prompts.jsonl --model {run}/dpo --ref {run}/sft --rm {run}/rm"

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from kernels import Pieces
 from mpo.checkpoint import load_model, load_scalar, save_model, scalar_from
-from mpo.lora import TARGETS, Adapters, BaseOf, critic_on, switched_off
+from mpo.lora import TARGETS, BaseOf, critic_on, switched_off
+from mpo.model import Adapters
 from mpo.randomness import generator
 from mpo.sampling import Sampling, generate
 from mpo.training import adamw

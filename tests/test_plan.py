@@ -8,8 +8,8 @@ import torch
 from benchmarks.plans import SIZES, measure, write_inputs
 from kernels import Pieces
 from mpo.config import DPOConfig, PPOConfig, SFTConfig
-from mpo.lora import TARGETS, Adapters, attach
-from mpo.model import Llama, ScalarModel
+from mpo.lora import TARGETS, attach
+from mpo.model import Adapters, Llama, ScalarModel
 from mpo.plan import adapter_parameters, layer_activations, lines, parameters
 from tests.conftest import run_script, small_config, small_model
 

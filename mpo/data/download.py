@@ -16,8 +16,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mpo.config import run_plain
 from mpo.errors import InputError
+from mpo.program import run_plain
 
 COMMIT = "354e5c3cb8960630860dd5774a6ac2a58313bf4d"
 LARGE = f"https://media.githubusercontent.com/media/anthropics/hh-rlhf/{COMMIT}/"
