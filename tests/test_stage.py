@@ -10,6 +10,7 @@ from mpo.config import DataConfig
 from mpo.errors import InputError
 from mpo.files import read_json, write_json
 from mpo.stage import Stage, hash_tree
+from tests.conftest import run_script
 
 
 def stage(tmp_path, overwrite=False, **inputs):
@@ -47,3 +48,11 @@ def test_an_unfinished_stage_starts_again(tmp_path):
     stage(tmp_path).log(0, {"loss": 1.0})
     stage(tmp_path)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_peak_memory_is_this_programs_own():
+    ballast = bytearray(1 << 30)
+    ballast[::4096] = b"x" * len(ballast[::4096])  # so that the pages are there
+    code = "from mpo.stage import peak_memory_mb; print(peak_memory_mb())"
+    done = run_script("-c", code)
+    assert 10 < float(done.stdout) < 900
