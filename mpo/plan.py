@@ -38,7 +38,6 @@ class Load(NamedTuple):
     frozen: float
     tokens: int  # of a microbatch: N
     responses: int  # of these, response tokens: M
-    several: bool = False  # microbatches make an optimiser step
     models: int = 1  # whose activations are held at once
     sampled: int = 0  # rows that are sampled at a time
     length: int = 0  # of each of them, at most
@@ -86,27 +85,23 @@ def load_of(config: Training | SplitConfig | EvalConfig, c: LlamaConfig, process
     P, R = config.max_prompt, config.max_response
     share = -(-config.batch // processes)  # of the rows of a step
     rows = min(config.microbatch, share) if isinstance(config, Training) else 0
-    several = rows < share
     lora = isinstance(config, Training) and config.lora_rank
     adapters = adapter_parameters(c, config.lora_rank, config.lora_targets) if isinstance(config, Training) else 0
     if isinstance(config, SFTConfig):
         learns = adapters if lora else lm
-        return Load(
-            learns, lm if lora else 0, rows * (P + R), rows * (P + R if config.loss_on == "all" else R), several
-        )
+        return Load(learns, lm if lora else 0, rows * (P + R), rows * (P + R if config.loss_on == "all" else R))
     if isinstance(config, RMConfig):
-        return Load(adapters if lora else scalar, scalar if lora else 0, rows * (P + 2 * R), 0, several)
+        return Load(adapters if lora else scalar, scalar if lora else 0, rows * (P + 2 * R), 0)
     if isinstance(config, DPOConfig):
-        return Load(adapters if lora else lm, lm if lora else 0, rows * (P + 2 * R), rows * 2 * R, several)
+        return Load(adapters if lora else lm, lm if lora else 0, rows * (P + 2 * R), rows * 2 * R)
     if isinstance(config, PPOConfig):
         own = config.advantage == "gae" and not config.shared_critic
         length, step = P + config.max_new, -(-config.minibatch // processes)
         rows = min(config.microbatch, step)
-        several = rows < step
         bases = 2 if own and config.shard else 1  # two models cannot share sharded weights
         learns = (1 + own) * adapters if lora else lm + own * scalar
         frozen = (bases * lm if lora else lm) + scalar  # policy (and reference), reward model
-        return Load(learns, frozen, rows * length, rows * config.max_new, several, 1 + own, share, length, P)
+        return Load(learns, frozen, rows * length, rows * config.max_new, 1 + own, share, length, P)
     if isinstance(config, SplitConfig):
         return Load(0, len(config.rm.split(",")) * scalar, share * (P + 2 * R), 0)
     assert isinstance(config, EvalConfig)
@@ -136,8 +131,8 @@ def lines(
         layer, layers = layer_activations(c), c.num_hidden_layers
         kept = layers * D + layer if config.recompute else layers * layer
         activations = FLOAT * use.models * (use.tokens * (kept + 2 * D) + use.responses * D)
-        # Gradients come as activations go; from the second microbatch on they are there before.
-        learning = gradients + activations if use.several else max(gradients, activations)
+        # Gradients come as activations go, but they do not fit into the holes: both count.
+        learning = gradients + activations
     sampling = 0.0
     if use.sampled:
         cache = FLOAT * 2 * c.num_hidden_layers * use.sampled * use.length * c.num_key_value_heads * c.head_dim
@@ -145,7 +140,8 @@ def lines(
         sampling = cache + copies + FLOAT * use.sampled * use.prompt * (2 * D + 3 * F)
     if sampling > learning + working:  # they take turns
         return [*found, Line("KV cache", cache), Line("sampling", sampling - cache)]
-    found += [Line("activations, gradients", learning)] if learning else []
+    if isinstance(config, Training):
+        found += [Line("gradients", gradients), Line("activations", activations)]
     return [*found, Line("head, passing layers", working)]
 
 
