@@ -14,12 +14,11 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mpo import lora, parallel
 from mpo.errors import InputError
-from mpo.files import read_json, whole, write_json
+from mpo.files import read_json, write_json, write_tensors
 from mpo.model import Adapters, Llama, LlamaConfig, ScalarModel, new_score_head, rotary_frequencies
 
 M = TypeVar("M", Llama, ScalarModel)
@@ -37,18 +36,7 @@ def config_from_json(path: Path) -> LlamaConfig:
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise InputError(f"{path}: expected a JSON object")
-    if raw.get("model_type") not in ("llama", "mistral"):
-        raise InputError(
-            f"{path}: model_type {raw.get('model_type')!r:.80} is not supported; 'llama' and 'mistral' are"
-        )
-    for name in UNSUPPORTED:
-        if raw.get(name):
-            raise InputError(f"{path}: {name} is not supported, found {raw[name]!r:.80}")
-    layers = raw.get("layer_types") or []
-    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
-        raise InputError(f"{path}: layer_types other than 'full_attention' are not supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is")
+    _refuse_unsupported(path, raw)
     for name in _SIZES:
         if not isinstance(raw.get(name), int) or raw[name] < 1:
             raise InputError(f"{path}: {name} must be a positive integer, found {raw.get(name)!r}")
@@ -74,6 +62,22 @@ def config_from_json(path: Path) -> LlamaConfig:
     return LlamaConfig(
         **fields, **shape, pad_token_id=pad, rope_theta=theta, rope_scaling=rope, tie_word_embeddings=tied
     )
+
+
+def _refuse_unsupported(path: Path, raw: dict[str, Any]) -> None:
+    """Errors: InputError naming the first option that this project does not compute."""
+    if raw.get("model_type") not in ("llama", "mistral"):
+        raise InputError(
+            f"{path}: model_type {raw.get('model_type')!r:.80} is not supported; 'llama' and 'mistral' are"
+        )
+    for name in UNSUPPORTED:
+        if raw.get(name):
+            raise InputError(f"{path}: {name} is not supported, found {raw[name]!r:.80}")
+    layers = raw.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+        raise InputError(f"{path}: layer_types other than 'full_attention' are not supported")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is")
 
 
 def _number(path: Path, name: str, value: Any, whole: bool) -> None:
@@ -141,9 +145,7 @@ def save_model(folder: Path, model: Llama | ScalarModel, shard_bytes: int = SHAR
         shards[-1].append(name)
     for i, shard in enumerate(shards):
         complete = {n: layers[n].merged() if n in layers else parallel.whole(tensors[n]) for n in shard}
-        if parallel.first():
-            with whole(folder / _shard_name(i, len(shards))) as partial:
-                save_file({name: t.cpu().contiguous() for name, t in complete.items()}, partial, {"format": "pt"})
+        write_tensors(folder / _shard_name(i, len(shards)), complete)
     if len(shards) > 1:
         where = {name: _shard_name(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
         size = sum(t.numel() * t.element_size() for t in tensors.values())

@@ -7,12 +7,14 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from mpo import parallel
 from mpo.errors import InputError, RunError
@@ -104,6 +106,13 @@ def write_json(path: Path, value: Any) -> None:
     except ValueError:
         raise RunError(f"{path}: not written, since one of its numbers is not finite") from None
     write_text(path, text + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file that transformers and peft open; of several processes the first one does."""
+    if parallel.first():
+        with whole(path) as partial:
+            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial, {"format": "pt"})
 
 
 def finite(value: Any) -> Any:

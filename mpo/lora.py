@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpo import parallel
 from mpo.errors import InputError
-from mpo.files import whole, write_json
+from mpo.files import write_json, write_tensors
 from mpo.model import Adapters, Linear, Llama, ScalarModel
 from mpo.randomness import generator
 
@@ -146,9 +145,7 @@ def save_adapters(folder: Path, model: Llama) -> None:
     assert adapters is not None
     weights = {name: p for name, p in model.named_parameters() if ".lora_" in name}
     complete = {f"base_model.model.{name}": parallel.whole(p.detach()) for name, p in weights.items()}
-    if parallel.first():
-        with whole(folder / "adapter_model.safetensors") as partial:
-            save_file({name: t.cpu().contiguous() for name, t in complete.items()}, partial, {"format": "pt"})
+    write_tensors(folder / "adapter_model.safetensors", complete)
     about = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

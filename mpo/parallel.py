@@ -61,6 +61,11 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(count())))
+
+
 def first() -> bool:
     """True in the one that writes files and speaks."""
     return not dist.is_initialized() or dist.get_rank() == 0

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mpo import parallel
 from mpo.checkpoint import config_from_json
 from mpo.config import DPOConfig, EvalConfig, PPOConfig, RMConfig, SFTConfig, SplitConfig, Training
 from mpo.errors import InputError
@@ -175,10 +176,8 @@ def available() -> float:
 
 def show(config: Training | SplitConfig | EvalConfig) -> None:
     """Print the plan of a stage, and a warning where the machine has not as much."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", str(processes)))
-    if os.environ.get("RANK", "0") != "0":
-        return
+    parallel.start(config.shard)
+    processes, here = parallel.count(), parallel.here()
     c = model_of(config)
     found = lines(config, c, processes, base=program())
     size = f"a model of {parameters(c) / 1e6:,.1f} M parameters, {processes} processes; each:"

@@ -144,7 +144,7 @@ def test_what_is_wrong_is_said_once(hh_run, tmp_path):
     assert "8 is not a multiple of the 3 processes" in done.stderr.splitlines()[-1]
 
 
-def test_a_number_that_is_not_finite_stops_all_processes_and_names_its_rows(hh_run, tmp_path):
+def test_a_number_that_is_not_finite_stops_all_processes_in_one_line(hh_run, tmp_path):
     flags = command(DPO, hh_run, tmp_path / "out", "--lr", "1e30", "--warmup", 0, "--save_every", 0)
     for shard in (False, True):
         done = processes(2, *flags, "--shard", str(shard), expect=1)
