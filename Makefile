@@ -21,6 +21,7 @@
 #   POLICIES  what to train and compare, by folder (schedules.mk); the first one is the baseline
 #   BF16=1  matrix products in bf16, with fp32 weights and sums: faster where the processor has them
 #   NPROC   processes for every stage that computes with a model; SHARD=1: none keeps all of it (FSDP2)
+#   DEVICE  cpu, cuda, cuda:1, mps; without it a GPU where there is one
 #   LORA=8 rank of low-rank adapters, which alone learn (from SFT on where MODEL is a folder, else from the reward model on)
 #   QUICK=1 a smoke test: seconds a stage, and numbers that mean nothing
 # More flags for one stage: SFT_FLAGS="--epochs 1", RM_FLAGS, SPLIT_FLAGS, DPO_FLAGS, PPO_FLAGS, ...,
@@ -38,6 +39,7 @@ RMS   ?= rm
 STAGE ?= mpo
 NPROC ?= 1
 SHARD ?=
+DEVICE ?=
 LORA  ?=
 QUICK ?=
 BF16  ?=
@@ -97,9 +99,9 @@ share = mkdir -p $(RUN)/.flags; for done in $(FROM)/*/$(DONE); do \
 	    stage=$$(basename $$(dirname $$done)); [ -e $(RUN)/$$stage ] || [ $$stage = eval ] || { \
 	    ln -s $$(realpath $(FROM)/$$stage) $(RUN)/$$stage; cp -p $(FROM)/.flags/$$stage $(RUN)/.flags/; }; done
 
-# NPROC and SHARD are no flags of a stage: the result does not depend on them, but for rounding.
+# NPROC, SHARD and DEVICE are no flags of a stage: the result does not depend on them, but for rounding.
 stage = $(PY) $(1) --out $(@D) --overwrite true --seed $(SEED)
-many  = $(call stage,$(if $(filter-out 1,$(NPROC)),-m mpo.launch $(NPROC)) $(1)) $(if $(SHARD),--shard true)
+many  = $(call stage,$(if $(filter-out 1,$(NPROC)),-m mpo.launch $(NPROC)) $(1)) $(if $(SHARD),--shard true) $(if $(DEVICE),--device $(DEVICE))
 
 # --- the stages -------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpo import device
 from mpo.checkpoint import load_model
 from mpo.config import ChatConfig
 from mpo.data.batches import fit_prompt
@@ -15,6 +16,7 @@ from mpo.tokenizer import load_tokenizer
 
 def main(config: ChatConfig) -> None:
     """Read a line, answer, remember (hh) or start afresh (tldr); an empty line forgets, Ctrl-D ends."""
+    device.start(config.device)
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
     room = model.config.max_position_embeddings - config.max_new
     print(

@@ -63,7 +63,7 @@ def main(config: SplitConfig) -> None:
     scores = [score_all(rm, pairs, config.batch) for rm in models]
     chosen, rejected = (torch.stack(s) for s in zip(*scores, strict=True))  # (K, N) each
     gaps = (chosen - rejected).mean(0)
-    log_odds = ((chosen - rejected) * torch.stack([rm.score_std for rm in models])[:, None]).mean(0)
+    log_odds = ((chosen - rejected) * torch.stack([rm.score_std.cpu() for rm in models])[:, None]).mean(0)
 
     criterion = gaps if config.by == "gap" else gap_over_uncertainty(chosen - rejected)
     split = split_by_gap(criterion, threshold(criterion, config.gamma))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,15 +44,19 @@ def reference_logps(ref: Llama, pairs: list[Pair], batch: int) -> RefLogps:
 def pair_logps(model: Llama, pairs: list[Pair], cache: RefLogps, mean_log_ratio: float = 0.0) -> PairLogps:
     """Everything a loss may ask for: chosen and rejected in one forward, the reference's cached."""
     chosen, rejected = sequence_logps(model, pair_batch(pairs)).chunk(2)
-    ref = torch.tensor([cache.get(p.row.id, (0.0, 0.0)) for p in pairs])
+    ref_chosen, ref_rejected = zip(*(cache.get(p.row.id, (0.0, 0.0)) for p in pairs), strict=True)
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values)).to(chosen.device)
+
     return PairLogps(
         chosen=chosen,
         rejected=rejected,
-        ref_chosen=ref[:, 0],
-        ref_rejected=ref[:, 1],
-        chosen_len=torch.tensor([len(p.chosen) for p in pairs]),
-        rejected_len=torch.tensor([len(p.rejected) for p in pairs]),
-        noise=torch.tensor([math.nan if p.row.noise is None else p.row.noise for p in pairs]),
+        ref_chosen=column(ref_chosen),
+        ref_rejected=column(ref_rejected),
+        chosen_len=column(len(p.chosen) for p in pairs),
+        rejected_len=column(len(p.rejected) for p in pairs),
+        noise=column(math.nan if p.row.noise is None else p.row.noise for p in pairs),
         mean_log_ratio=mean_log_ratio,
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import Advantages
-from mpo import parallel, ppo
+from mpo import device, parallel, ppo
 from mpo.checkpoint import load_model, load_scalar, save_model, scalar_from
 from mpo.config import PPOConfig, exact_div
 from mpo.data.batches import Pair, encode
@@ -109,7 +109,7 @@ def load_critic(config: PPOConfig, policy: Llama) -> Critic | None:
     if config.advantage != "gae":
         return None
     if config.shared_critic:
-        model: ScalarModel | ValueHead = ValueHead(policy.config.hidden_size)
+        model: ScalarModel | ValueHead = ValueHead(policy.config.hidden_size).to(device.here())
     elif (adapters := adapters_of(config, config.model)) and config.shard:  # two models cannot share sharded weights
         model = scalar_from(config.model, generator(config.seed, "critic"), adapters)
         nn.init.zeros_(model.score.weight)

@@ -38,8 +38,8 @@ def normalise(rm: ScalarModel, pairs: list[Pair], batch: int) -> tuple[float, fl
     """
     chosen, _ = score_all(rm, pairs[:NORMALISE_ON], batch)
     with torch.no_grad():
-        rm.score_mean += chosen.mean()
-        rm.score_std *= chosen.std()
+        rm.score_mean += float(chosen.mean())
+        rm.score_std *= float(chosen.std())
     return float(chosen.mean()), float(chosen.std())
 
 
@@ -102,7 +102,7 @@ def main(config: RMConfig) -> None:
 
     def losses_of(pairs: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         chosen, rejected = score_pairs(rm, pairs)
-        margin = torch.tensor([p.row.margin for p in pairs]) if config.use_margin else 0.0
+        margin = torch.tensor([p.row.margin for p in pairs]).to(chosen.device) if config.use_margin else 0.0
         losses = bradley_terry(chosen, rejected, margin, config.label_smoothing)
         if config.centring:
             losses = losses + config.centring * centring(chosen, rejected)

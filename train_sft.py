@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from mpo import parallel
+from mpo import device, parallel
 from mpo.checkpoint import load_model, save_model
 from mpo.config import SFTConfig
 from mpo.data.batches import Pair, encode, make_batch
@@ -30,15 +31,13 @@ def starting_model(config: SFTConfig, tokenizer: Tokenizer) -> Llama:
     if config.model in PRESETS:
         if config.lora_rank:
             raise InputError("--lora_rank: adapters need a trained base; name a folder with --model")
-        model = Llama(
-            replace(
-                PRESETS[config.model],
-                vocab_size=tokenizer.size,
-                bos_token_id=tokenizer.bos,
-                eos_token_id=tokenizer.eos,
-                pad_token_id=tokenizer.pad,
-            )
-        )
+        ids: dict[str, Any] = {
+            "bos_token_id": tokenizer.bos,
+            "eos_token_id": tokenizer.eos,
+            "pad_token_id": tokenizer.pad,
+        }
+        with device.here():
+            model = Llama(replace(PRESETS[config.model], vocab_size=tokenizer.size, **ids))
         initialise(model, generator(config.seed, "init"))
         return parallel.shard(model)
     model = load_model(config.model, adapters_of(config, config.model))

@@ -135,7 +135,7 @@ def kv_cache(
     """An empty cache (reference.KVCache) for `rows` texts of at most `length` tokens, typed like `like`, or bf16."""
     module = _implementation(impl, "KVCache", like, like)
     dtype = torch.bfloat16 if _bf16 else like.dtype
-    result: reference.KVCache = module.KVCache(layers, rows, length, heads, dim, dtype)
+    result: reference.KVCache = module.KVCache(layers, rows, length, heads, dim, dtype, like.device)
     return result
 
 

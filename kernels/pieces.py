@@ -27,8 +27,11 @@ class Pieces:
     there, and is computed, once; a text of one piece is a root without children.
     """
 
-    def __init__(self, lengths: Sequence[int], parents: Sequence[int] | None = None):
-        """Args: lengths, in tokens; parents, of each piece its root's number, -1 for roots (all, if None).
+    def __init__(
+        self, lengths: Sequence[int], parents: Sequence[int] | None = None, device: torch.device | None = None
+    ):
+        """Args: lengths, in tokens; parents, of each piece its root's number, -1 for roots (all, if None); device,
+        where the tokens are. What is known of whole pieces stays on the CPU.
 
         Errors: ValueError where a piece is empty, or follows another root than its own.
         """
@@ -40,6 +43,7 @@ class Pieces:
                 raise ValueError(
                     f"piece {i}: length {length}, parent {parent}; a child follows its root, none is empty"
                 )
+        self.device = device or torch.device("cpu")
         self.lengths = torch.tensor(list(lengths), dtype=torch.long)  # (S,)
         self.parents = torch.tensor(list(parents), dtype=torch.long)  # (S,)
 
@@ -56,7 +60,8 @@ class Pieces:
     @cached_property
     def positions(self) -> Tensor:
         """(N,): where each token stands in its own text, from 0."""
-        return torch.arange(int(self.lengths.sum())) - (self.starts - self.past).repeat_interleave(self.lengths)
+        found = torch.arange(int(self.lengths.sum())) - (self.starts - self.past).repeat_interleave(self.lengths)
+        return found.to(self.device)
 
     @cached_property
     def last(self) -> Tensor:
@@ -66,16 +71,21 @@ class Pieces:
     @cached_property
     def padded(self) -> Padded:
         """The same as rectangles."""
-        own = torch.arange(int(self.lengths.max()))  # (T,)
-        past = torch.arange(int(self.past.max()))  # (P,)
-        real, seen = own < self.lengths[:, None], past < self.past[:, None]  # (S, T), (S, P)
-        S, T, P = len(self.lengths), len(own), len(past)
-        causal = torch.ones(T, T, dtype=torch.bool).tril()  # a pad sees what is before it: no row without a key
-        visible = torch.cat((seen[:, None].expand(S, T, P), causal.expand(S, T, T)), -1)
         parent_starts = torch.where(self.parents >= 0, self.starts[self.parents], 0)
+        lengths, pasts, starts, parent_starts = torch.stack((self.lengths, self.past, self.starts, parent_starts)).to(
+            self.device
+        )[:, :, None]  # (S, 1) each
+        own = torch.arange(int(self.lengths.max()), device=self.device)  # (T,)
+        past = torch.arange(int(self.past.max()), device=self.device)  # (P,)
+        real, seen = own < lengths, past < pasts  # (S, T), (S, P)
+        S, T, P = len(self.lengths), len(own), len(past)
+        causal = torch.ones(
+            T, T, dtype=torch.bool, device=self.device
+        ).tril()  # a pad sees what is before it: no row without a key
+        visible = torch.cat((seen[:, None].expand(S, T, P), causal.expand(S, T, T)), -1)
         return Padded(
-            torch.where(real, self.starts[:, None] + own, 0),
-            torch.where(seen, parent_starts[:, None] + past, 0),
+            torch.where(real, starts + own, 0),
+            torch.where(seen, parent_starts + past, 0),
             real,
             visible,
         )

@@ -56,9 +56,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, bf16: bool) -> Te
 class KVCache:
     """Keys and values of B texts that grow by a token a step, for generation; without gradients."""
 
-    def __init__(self, layers: int, rows: int, length: int, heads: int, dim: int, dtype: torch.dtype):
-        self.store = torch.zeros(layers, 2, rows, length, heads, dim, dtype=dtype)
-        self.lengths = torch.zeros(rows, dtype=torch.long)  # (B,): tokens stored so far
+    def __init__(
+        self, layers: int, rows: int, length: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.store = torch.zeros(layers, 2, rows, length, heads, dim, dtype=dtype, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,): tokens stored so far
+        self.longest = 0  # no row has more, as the CPU knows without asking the device
 
     def fill(self, layer: int, k: Tensor, v: Tensor, pieces: Pieces) -> None:
         """Store the beginnings of all rows: keys and values (N, H_kv, d) of B roots."""
@@ -68,13 +71,13 @@ class KVCache:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store one more token of each row, k and v (B, H_kv, d), and attend from it: q (B, H, d) -> (B, H, d)."""
-        rows, H = torch.arange(len(q)), q.shape[1]
+        rows, H = torch.arange(len(q), device=q.device), q.shape[1]
         self.store[layer, 0, rows, self.lengths], self.store[layer, 1, rows, self.lengths] = (
             k.to(self.store.dtype),
             v.to(self.store.dtype),
         )
-        longest = int(self.lengths.max()) + 1
-        visible = torch.arange(longest) <= self.lengths[:, None]  # (B, T)
+        longest = self.longest + 1
+        visible = torch.arange(longest, device=q.device) <= self.lengths[:, None]  # (B, T)
         keys, values = (
             self.store[layer, :, :, :longest].to(q.dtype).transpose(2, 3).repeat_interleave(H // k.shape[1], 2)
         )
@@ -83,7 +86,8 @@ class KVCache:
 
     def advance(self, tokens: Tensor | int = 1) -> None:
         """Once all layers have stored them: count the new tokens."""
-        self.lengths = self.lengths + tokens
+        self.longest += tokens if isinstance(tokens, int) else int(tokens.max())
+        self.lengths = self.lengths + (tokens if isinstance(tokens, int) else tokens.to(self.lengths.device))
 
     def take(self, rows: Tensor) -> None:
         """Go on with these rows only, in this order; a row may be taken more than once."""
@@ -191,7 +195,7 @@ def shape_rewards(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Te
     """
     last = mask.sum(1) - 1
     rewards = -kl_coef * kl * mask
-    return rewards.index_put((torch.arange(len(score)), last), score, accumulate=True)
+    return rewards.index_put((torch.arange(len(score), device=score.device), last), score, accumulate=True)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

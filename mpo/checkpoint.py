@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mpo import lora, parallel
+from mpo import device, lora, parallel
 from mpo.errors import InputError
 from mpo.files import read_json, write_json, write_tensors
 from mpo.model import Adapters, Llama, LlamaConfig, ScalarModel, new_score_head, rotary_frequencies
@@ -239,10 +239,11 @@ def _load(
     for name, empty in model.state_dict().items():
         if name in wanted or name in given:
             read = given[name] if name in given else tensors.read(name)
-            model.load_state_dict({name: parallel.part_like(read, empty)}, strict=False, assign=True)
+            part = parallel.part_like(read.to(device.here()), empty)
+            model.load_state_dict({name: part}, strict=False, assign=True)
     if isinstance(model, Llama) and tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.frequencies = rotary_frequencies(config)
+    model.model.frequencies = rotary_frequencies(config).to(device.here())
     return model if adapters else model.requires_grad_(True)
 
 

@@ -40,6 +40,8 @@ class Limits(Common):
     max_prompt: int = 384  # prompt tokens with BOS; the oldest turns of a longer dialogue are cut
     max_response: int = 128  # response tokens with EOS; a row with a longer response is dropped
     bf16: bool = False  # round what matrix products multiply to bf16; weights and sums stay fp32
+    device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, mps
+    deterministic: bool = False  # on a GPU, too: the same bytes each time, more slowly (on a CPU always)
     plan: bool = False  # print how much memory the stage will take, and stop there
     shard: bool = False  # with several processes, each keeps a part of every weight (FSDP2), not a copy (DDP)
 
@@ -211,6 +213,7 @@ class ChatConfig:
     max_new: int = 96  # response tokens
     temperature: float = 0.7  # 0: always the likeliest token
     seed: int = 1  # of the sampling
+    device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, mps
 
 
 # --- the command line --------------------------------------------------------------------------

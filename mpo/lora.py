@@ -132,10 +132,12 @@ def critic_on(policy: Llama, adapters: Adapters) -> ScalarModel:
         parent, _, leaf = name.rpartition(".")
         setattr(critic.model.get_submodule(parent), leaf, p)
     critic.model.frequencies = policy.model.frequencies.clone()
-    critic.score_mean, critic.score_std = torch.zeros(()), torch.ones(())
-    critic.score.weight = nn.Parameter(torch.zeros(1, policy.config.hidden_size))
+    here = policy.lm_head.weight.device
+    critic.score_mean, critic.score_std = torch.zeros((), device=here), torch.ones((), device=here)
+    critic.score.weight = nn.Parameter(torch.zeros(1, policy.config.hidden_size, device=here))
     attach(critic, adapters)
-    critic.load_state_dict(first_values(critic, adapters), strict=False, assign=True)
+    first = {name: value.to(here) for name, value in first_values(critic, adapters).items()}
+    critic.load_state_dict(first, strict=False, assign=True)
     return critic
 
 

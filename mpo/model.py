@@ -207,7 +207,7 @@ class Trunk(nn.Module):
 
     def rope(self, positions: Tensor) -> Rope:
         """Cos and sin of the rotary angles at positions (N,)."""
-        angles = positions[:, None].to(self.frequencies.device).float() * self.frequencies  # (N, d/2)
+        angles = positions[:, None].float() * self.frequencies  # (N, d/2)
         return angles.cos(), angles.sin()
 
     def forward(self, ids: Tensor, pieces: Pieces, cache: KVCache | None = None) -> Tensor:
@@ -248,7 +248,9 @@ class Llama(nn.Module):
 
     def logits(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, V): for tests and reading; training never holds this tensor whole."""
-        return self.lm_head(self.model(ids.flatten(), Pieces([ids.shape[1]] * len(ids)))).unflatten(0, ids.shape)
+        return self.lm_head(self.model(ids.flatten(), Pieces([ids.shape[1]] * len(ids), device=ids.device))).unflatten(
+            0, ids.shape
+        )
 
     def kv_cache(self, rows: int, length: int) -> KVCache:
         """For `rows` texts of at most `length` tokens."""
@@ -305,8 +307,9 @@ def initialise(model: Llama | ScalarModel, generator: torch.Generator) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             std = 0.02 * (depth if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0)
+            drawn = torch.empty(parameter.shape).normal_(0.0, std, generator=generator)  # the same on every device
             with torch.no_grad():
-                parameter.normal_(0.0, std, generator=generator)
+                parameter.copy_(drawn)
 
 
 def new_score_head(config: LlamaConfig, generator: torch.Generator) -> dict[str, Tensor]:

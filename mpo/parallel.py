@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mpo import device
 from mpo.errors import Ending, InputError
 
 T = TypeVar("T")
@@ -44,7 +45,8 @@ def start(sharded: bool) -> None:
         tries = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         _store = PrefixStore(f"mpo/{tries}", store)
         group = PrefixStore(f"group/{tries}", store)
-        dist.init_process_group("gloo", store=group, rank=rank, world_size=size, timeout=PATIENCE)
+        backend = "cpu:gloo,cuda:nccl" if device.here().type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=PATIENCE)
         if rank:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     _sharded = sharded and count() > 1
@@ -177,7 +179,7 @@ def shard(model: M) -> M:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (count(),))
+        mesh = init_device_mesh(device.here().type, (count(),))
         for block in blocks:
             fully_shard(block, mesh=mesh)
         # The head is used behind the model's forward pass (logprobs.py), so it stays gathered until the backward pass.

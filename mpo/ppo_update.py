@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mpo import parallel, ppo
+from mpo import device, parallel, ppo
 from mpo.config import PPOConfig
 from mpo.data.batches import Batch
 from mpo.guards import agree_finite, not_finite
@@ -94,7 +94,7 @@ def accumulate(
 
     Returns metrics summed with the same weights, and the rows whose loss is not finite.
     """
-    batch = data.rollout.batch.rows(index)
+    batch = data.rollout.batch.rows(index.tolist())
     hidden = response_hidden(learner.policy, batch)  # (M, D)
     total, metrics = policy_terms(learner, data, index, batch, hidden, first, config)
     if critic := learner.critic:  # one backward serves both
@@ -118,7 +118,8 @@ def step(
     sums: Counter[str] = Counter()  # of floats
     bad = list[int]()
     for index in microbatches(len(chosen), config.microbatch, learner.models):
-        metrics, worse = accumulate(learner, data, chosen[index], weights[index], first, config)
+        at = torch.tensor(index).to(chosen.device)
+        metrics, worse = accumulate(learner, data, chosen[at], weights[at], first, config)
         sums.update(metrics)
         bad += worse
     agree_finite("the loss", bad)
@@ -139,7 +140,7 @@ def update(learner: Learner, data: Update, iteration: int, config: PPOConfig) ->
     steps = 0
     for epoch in range(config.epochs):
         order = torch.randperm(config.batch, generator=generator(config.seed, f"minibatches/{iteration}", epoch))
-        for chosen in order.split(config.minibatch):
+        for chosen in order.to(device.here()).split(config.minibatch):
             sums.update(step(learner, data, chosen, (policy_lr, share * config.critic_lr), steps == 0, config))
             steps += 1
     return {name: value / steps for name, value in sums.items()}

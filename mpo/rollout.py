@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernels
 from kernels import Advantages
-from mpo import parallel, ppo
+from mpo import device, parallel, ppo
 from mpo.data.batches import Batch, make_batch
 from mpo.errors import InputError
 from mpo.guards import NotFinite, not_finite
@@ -66,10 +66,11 @@ def roll_out(
     samples = generate(policy, prompts, sampling, generator)
     batch = make_batch(list(zip(prompts, samples.responses, strict=True)))
     B, R = batch.response_mask.shape
-    mine = torch.tensor(parallel.share(B))
-    columns = {name: torch.zeros(len(mine), R) for name in ("logp", "ref_logp", "kl", "entropy", "values")}
-    scores = torch.zeros(len(mine))
-    for at in torch.arange(len(mine)).split(microbatch):
+    mine, here = parallel.share(B), device.here()
+    columns = {name: torch.zeros(len(mine), R, device=here) for name in ("logp", "ref_logp", "kl", "entropy", "values")}
+    scores = torch.zeros(len(mine), device=here)
+    for begin in range(0, len(mine), microbatch):
+        at = slice(begin, begin + microbatch)
         part = batch.rows(mine[at])
         hidden = response_hidden(policy, part)
         found = compare(policy, ref, part, sampling.temperature, hidden)._asdict()
@@ -83,9 +84,9 @@ def roll_out(
             raise NotFinite(name, bad)
     values = columns.pop("values")
     tokens = Comparison(**columns, mask=batch.response_mask)
-    sampled = torch.cat([torch.tensor(x) for x in samples.logps])
+    sampled = torch.cat([torch.tensor(x) for x in samples.logps]).to(here)
     check_agreement(sampled, tokens.logp[tokens.mask], "sampling and scoring")
-    return Rollout(batch, tokens, None if critic is None else values, scores, torch.tensor(samples.finished))
+    return Rollout(batch, tokens, None if critic is None else values, scores, torch.tensor(samples.finished).to(here))
 
 
 def check_agreement(one: Tensor, other: Tensor, names: str) -> float:
@@ -105,7 +106,7 @@ def rollout_metrics(rollout: Rollout, found: Advantages) -> dict[str, float]:
     k1, k3 = (ppo.kl_estimate(t.logp, t.ref_logp, kind) for kind in ("k1", "k3"))  # 0 where masked
     length = mask.sum(1).float()
     together = torch.stack((rollout.scores, length))
-    correlation = torch.corrcoef(together)[0, 1] if float(together.std(1).min()) > 0 else torch.zeros(())
+    correlation = torch.corrcoef(together)[0, 1] if float(together.std(1).min()) > 0 else torch.tensor(0.0)
     metrics = {
         "score": float(rollout.scores.mean()),
         "score_std": float(rollout.scores.std()),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kernels
 from kernels import Pieces
-from mpo import parallel
+from mpo import device, parallel
 from mpo.model import Llama
 
 
@@ -59,7 +59,7 @@ def generate(
     uniforms = torch.rand(len(prompts), sampling.max_new, generator=generator)  # a row's do not depend on the others
     mine = parallel.share(len(prompts))
     with parallel.whole_weights(model), kernels.constant_weights():
-        found = _generate(model.eval(), [prompts[i] for i in mine], sampling, uniforms[mine])
+        found = _generate(model.eval(), [prompts[i] for i in mine], sampling, uniforms[mine].to(device.here()))
     tokens, logps, lengths = (parallel.gather(part, len(prompts)) for part in found)
     return Samples(
         [t[:n] for t, n in zip(tokens.tolist(), lengths.tolist(), strict=True)],
@@ -72,21 +72,22 @@ def _generate(
     model: Llama, prompts: Sequence[list[int]], sampling: Sampling, uniforms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens and their log-probs, (B, max_new) each, and how many of a row count, (B,)."""
-    B, max_new, eos = len(prompts), sampling.max_new, sampling.eos
+    B, max_new, eos, here = len(prompts), sampling.max_new, sampling.eos, device.here()
     number: dict[tuple[int, ...], int] = {}  # of each prompt among the different ones
-    of_row = torch.tensor([number.setdefault(tuple(p), len(number)) for p in prompts])
-    pieces = Pieces([len(p) for p in number])
+    of_row = torch.tensor([number.setdefault(tuple(p), len(number)) for p in prompts]).to(here)
+    pieces = Pieces([len(p) for p in number], device=here)
     cache = model.kv_cache(len(number), int(pieces.lengths.max()) + max_new)
-    hidden = model(torch.tensor([token for p in number for token in p]), pieces, cache)[pieces.last]
+    ids = torch.tensor([token for p in number for token in p]).to(here)
+    hidden = model(ids, pieces, cache).index_select(0, pieces.last.to(here))
     if len(number) < B:
         hidden = hidden[of_row]  # (B, D)
         cache.take(of_row)
 
     decode = model.model.decoder(cache)
-    tokens = torch.full((B, max_new), eos)
-    logps = torch.zeros(B, max_new)
-    lengths = torch.full((B,), max_new)
-    rows = torch.arange(B)  # those that still grow
+    tokens = torch.full((B, max_new), eos, device=here)
+    logps = torch.zeros(B, max_new, device=here)
+    lengths = torch.full((B,), max_new, device=here)
+    rows = torch.arange(B, device=here)  # those that still grow
     for step in range(max_new):
         token, logp = next_tokens(hidden, model.lm_head.weight, uniforms[rows, step], sampling.temperature)
         tokens[rows, step], logps[rows, step] = token, logp

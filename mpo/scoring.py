@@ -30,11 +30,13 @@ def score_pairs(rm: ScalarModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def each_batch(rows: Sequence[T], batch: int, name: str, look: Callable[[Sequence[T]], Tensor]) -> Tensor:
-    """look() at all rows, a batch at a time, which several processes share: (b rows) -> (b, ...) gives (rows, ...)."""
+    """look() at all rows, a batch at a time, which several processes share: (b rows) -> (b, ...) gives (rows, ...),
+    on the CPU.
+    """
     parts = []
     for start in progress(range(0, len(rows), batch), name, leave=False):
         part = rows[start : start + batch]
-        parts.append(parallel.gather(look([part[i] for i in parallel.share(len(part))]), len(part)))
+        parts.append(parallel.gather(look([part[i] for i in parallel.share(len(part))]), len(part)).cpu())
     return torch.cat(parts)
 
 

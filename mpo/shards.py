@@ -25,7 +25,9 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Errors: RunError where that fails in any of them.
     """
     if parallel.count() == 1:
-        save_file(dict(tensors), folder / "shard-00001-model-00001-of-00001.safetensors")
+        save_file(
+            {name: t.cpu() for name, t in tensors.items()}, folder / "shard-00001-model-00001-of-00001.safetensors"
+        )
         return
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from mpo import parallel
+from mpo import device, parallel
 from mpo.checkpoint import save_model
 from mpo.config import Common, Training, exact_div
 from mpo.data.batches import Pair, shuffled_batches
@@ -55,6 +55,7 @@ def setup_torch(config: Common) -> None:
     """Threads, memory, precision, and denormals flushed (they slow small models down a hundredfold)."""
     if kernels.default not in (None, *kernels.IMPLEMENTATIONS):
         raise InputError(f"MPO_KERNELS={kernels.default}: expected one of {', '.join(kernels.IMPLEMENTATIONS)} here")
+    device.start(getattr(config, "device", "cpu"), getattr(config, "deterministic", False))
     parallel.start(getattr(config, "shard", False))
     torch.set_num_threads(config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     torch.set_flush_denormal(True)

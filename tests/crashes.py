@@ -22,7 +22,7 @@ import train_ppo
 import train_rm
 import train_sft
 from mpo import files
-from mpo.config import DPOConfig, PPOConfig, RMConfig, SFTConfig
+from mpo.config import DPOConfig, PPOConfig, RMConfig, SFTConfig, Training
 from mpo.files import sha256
 from mpo.program import run
 
@@ -64,7 +64,8 @@ def start(stage: str, base: Path, out: Path, *more: str, before: Any = None) -> 
         return child
     log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
-    sys.argv = [script.__file__, "--out", str(out), "--save_every", "0", "--threads", "1"]
+    sys.argv = [script.__file__, "--out", str(out), "--threads", "1"]
+    sys.argv += ["--save_every", "0"] if issubclass(config, Training) else []
     sys.argv += [*flags.format(run=base).split(), *more]
     status = 0
     try:

@@ -38,7 +38,7 @@ def test_equal_prompts_stand_there_once():
 
 def test_rows_of_a_batch():
     batch = make_batch([([1], [4, 2]), ([1, 5, 6, 7], [8, 9, 2])])
-    assert batch.rows(torch.tensor([1])).ids.tolist() == [1, 5, 6, 7, 8, 9, 2]
+    assert batch.rows([1]).ids.tolist() == [1, 5, 6, 7, 8, 9, 2]
 
 
 def test_pieces_follow_their_root():

@@ -14,10 +14,12 @@ BLOCK = 16  # a row's room is a multiple of this, which every processor's vector
 class KVCache:
     """See reference.py."""
 
-    def __init__(self, layers: int, rows: int, length: int, heads: int, dim: int, dtype: torch.dtype):
+    def __init__(
+        self, layers: int, rows: int, length: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device
+    ):
         self.heads, self.dim, self.length = heads, dim, -(-length // BLOCK) * BLOCK
-        self.keys, self.values = torch.zeros(2, layers, rows, heads, self.length, dim, dtype=dtype)
-        self.lengths = torch.zeros(rows, dtype=torch.long)  # (B,)
+        self.keys, self.values = torch.zeros(2, layers, rows, heads, self.length, dim, dtype=dtype, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
         self.slots = torch.arange(rows)  # (B,): where each row lies in keys and values
 
     def fill(self, layer: int, k: Tensor, v: Tensor, pieces: Pieces) -> None:

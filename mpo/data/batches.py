@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import Pieces
+from mpo import device
 from mpo.data.hh import HUMAN
 from mpo.data.rows import Row
 from mpo.errors import InputError
@@ -39,9 +40,9 @@ class Batch:
     before: Tensor  # (M,): where the token before each of them stands, whose hidden state predicts it
     last: Tensor  # (B,): where each sequence's last token stands
 
-    def rows(self, index: Tensor) -> Batch:
+    def rows(self, index: Sequence[int]) -> Batch:
         """Some of the sequences."""
-        return make_batch([self.sequences[i] for i in index.tolist()])
+        return make_batch([self.sequences[i] for i in index])
 
     def spread(self, values: Tensor) -> Tensor:
         """One value a response token (M,) as (B, R), zero where the mask is False; differentiable."""
@@ -63,14 +64,17 @@ def make_batch(sequences: Sequence[tuple[list[int], list[int]]], share: bool = T
             roots[i], children[i] = root, len(texts)
             texts.append(sequences[i][1])
             parents.append(root)
-    pieces = Pieces([len(text) for text in texts], parents)
+    here = device.here()
+    pieces = Pieces([len(text) for text in texts], parents, here)
     lengths, starts = pieces.lengths[children], pieces.starts[children]  # (B,) each, of the responses
     steps = torch.arange(int(lengths.max()))  # (R,)
     mask = steps < lengths[:, None]  # (B, R)
     tokens = starts[:, None] + steps  # (B, R)
     before = torch.where(steps > 0, tokens - 1, pieces.last[roots][:, None])
     ids = torch.tensor([token for text in texts for token in text])
-    return Batch(sequences, ids, pieces, mask, tokens[mask], before[mask], pieces.last[children])
+    parts = ids, mask, tokens[mask], before[mask], pieces.last[children]
+    ids, mask, tokens, before, last = (part.to(here) for part in parts)
+    return Batch(sequences, ids, pieces, mask, tokens, before, last)
 
 
 def pair_batch(pairs: Sequence[Pair]) -> Batch:
