@@ -24,6 +24,7 @@ from mpo.errors import InputError
 from mpo.guards import NotFinite, collapses, failure
 from mpo.lora import BaseOf, adapters_of, critic_on
 from mpo.model import Llama, ScalarModel, ValueHead, recompute_activations
+from mpo.optimisers import make_optimiser
 from mpo.ppo_update import Critic, Learner, Update, update
 from mpo.program import run
 from mpo.progress import note, progress
@@ -33,7 +34,7 @@ from mpo.sampling import Sampling
 from mpo.saves import Part, Saves
 from mpo.stage import Stage
 from mpo.tokenizer import Tokenizer, load_tokenizer
-from mpo.training import adamw, milestones, setup_torch
+from mpo.training import milestones, setup_torch
 
 
 def prompt_batches(pairs: Sequence[Pair], config: PPOConfig) -> Iterator[list[Pair]]:
@@ -119,7 +120,7 @@ def load_critic(config: PPOConfig, policy: Llama) -> Critic | None:
         model = load_scalar(config.rm)
     parallel.learns(model)
     weight = config.value_coef if config.shared_critic else 1.0
-    return Critic(model, adamw(model, config.critic_lr, 0.0, eps=1e-5), weight)
+    return Critic(model, make_optimiser(model, config.critic_lr, 0.0, 1e-5, config.optimiser), weight)
 
 
 def load_learner(config: PPOConfig) -> Learner:
@@ -128,7 +129,9 @@ def load_learner(config: PPOConfig) -> Learner:
     same = policy.adapters and Path(config.ref).resolve() == Path(config.model).resolve()
     ref = BaseOf(policy) if same else load_model(config.ref).requires_grad_(False)
     parallel.learns(policy)
-    learner = Learner(policy, adamw(policy, config.lr, 0.0, eps=1e-5), ref, load_critic(config, policy))
+    learner = Learner(
+        policy, make_optimiser(policy, config.lr, 0.0, 1e-5, config.optimiser), ref, load_critic(config, policy)
+    )
     for model in learner.models:
         recompute_activations(model, config.recompute)
     return learner

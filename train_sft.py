@@ -17,7 +17,7 @@ from mpo.data.rows import read_rows
 from mpo.errors import InputError
 from mpo.logprobs import response_logprobs, sequence_logps
 from mpo.lora import adapters_of
-from mpo.model import PRESETS, Llama, initialise
+from mpo.model import PRESETS, Llama, hold_in, initialise
 from mpo.program import run
 from mpo.randomness import generator
 from mpo.scoring import each_batch
@@ -39,6 +39,7 @@ def starting_model(config: SFTConfig, tokenizer: Tokenizer) -> Llama:
         with device.here():
             model = Llama(replace(PRESETS[config.model], vocab_size=tokenizer.size, **ids))
         initialise(model, generator(config.seed, "init"))
+        hold_in(model, device.dtype())
         return parallel.shard(model)
     model = load_model(config.model, adapters_of(config, config.model))
     if model.config.vocab_size < tokenizer.size:

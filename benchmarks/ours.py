@@ -15,11 +15,12 @@ from mpo.data.batches import Pair
 from mpo.data.rows import Row
 from mpo.losses import PREFERENCE_LOSSES, bradley_terry
 from mpo.model import Llama, LlamaConfig, ValueHead, initialise, scalar_from
+from mpo.optimisers import make_optimiser, optimiser_step
 from mpo.ppo_update import Critic, Learner, Update, update
 from mpo.rollout import roll_out
 from mpo.sampling import Sampling, generate
 from mpo.scoring import score_pairs
-from mpo.training import adamw, optimiser_step, setup_torch
+from mpo.training import setup_torch
 from train_dpo import pair_logps, reference_logps
 from train_ppo import advantages_of
 
@@ -40,7 +41,7 @@ def pairs() -> list[Pair]:
 def dpo(cached: bool) -> Callable[[], object]:
     """A DPO step; the reference's log-probs computed in the step, or once before."""
     policy, ref = model(0), model(0)
-    optimiser, rows = adamw(policy, w.LR, 0.0), pairs()
+    optimiser, rows = make_optimiser(policy, w.LR, 0.0), pairs()
     cache = reference_logps(ref, rows, w.PAIRS)
 
     def step() -> None:
@@ -55,7 +56,7 @@ def dpo(cached: bool) -> Callable[[], object]:
 def reward() -> Callable[[], object]:
     """A step of the reward model."""
     rm = scalar_from(model(0), torch.Generator().manual_seed(1))
-    optimiser, rows = adamw(rm, w.LR, 0.0), pairs()
+    optimiser, rows = make_optimiser(rm, w.LR, 0.0), pairs()
 
     def step() -> None:
         bradley_terry(*score_pairs(rm, rows), 0.0, 0.0).mean().backward()
@@ -84,8 +85,8 @@ def ppo(shared: bool) -> Callable[[], object]:
         max_new=w.RESPONSE,
         critic_warmup=0,
     )
-    critic = Critic(value_model, adamw(value_model, w.LR, 0.0, eps=1e-5))
-    learner = Learner(policy, adamw(policy, w.LR, 0.0, eps=1e-5), ref, critic)
+    critic = Critic(value_model, make_optimiser(value_model, w.LR, 0.0, eps=1e-5))
+    learner = Learner(policy, make_optimiser(policy, w.LR, 0.0, eps=1e-5), ref, critic)
     prompts, draw = w.tokens(w.ROLLOUT, w.PROMPT), torch.Generator().manual_seed(0)
     sampling = Sampling(w.RESPONSE, 1.0, eos=-1)  # no token ends a response
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -44,6 +45,7 @@ class Pieces:
                     f"piece {i}: length {length}, parent {parent}; a child follows its root, none is empty"
                 )
         self.device = device or torch.device("cpu")
+        self._masks = dict[torch.dtype, Tensor]()
         self.lengths = torch.tensor(list(lengths), dtype=torch.long)  # (S,)
         self.parents = torch.tensor(list(parents), dtype=torch.long)  # (S,)
 
@@ -67,6 +69,16 @@ class Pieces:
     def last(self) -> Tensor:
         """(S,): where each piece's last token stands among the N."""
         return self.starts + self.lengths - 1
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """(S, 1, T, P + T): what is added to attention scores of this dtype: 0 where `padded` is visible, else -inf.
+
+        Made once, since every layer keeps it for its backward pass.
+        """
+        if dtype not in self._masks:
+            zero, never = (torch.tensor(x, dtype=dtype).to(self.device) for x in (0.0, -math.inf))
+            self._masks[dtype] = torch.where(self.padded.visible[:, None], zero, never)
+        return self._masks[dtype]
 
     @cached_property
     def padded(self) -> Padded:

@@ -49,7 +49,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, bf16: bool) -> Te
         q, k = q.bfloat16().to(q.dtype), k.bfloat16().to(k.dtype)
     H, at = q.shape[1], pieces.padded
     keys, values = (_by_piece(x, torch.cat((at.before, at.own), 1), H) for x in (k, v))  # (S, H, P + T, d)
-    out = F.scaled_dot_product_attention(_by_piece(q, at.own, H), keys, values, attn_mask=at.visible[:, None])
+    out = F.scaled_dot_product_attention(_by_piece(q, at.own, H), keys, values, attn_mask=pieces.mask(q.dtype))
     return out.transpose(1, 2)[at.real]  # (N, H, d)
 
 
@@ -62,12 +62,20 @@ class KVCache:
         self.store = torch.zeros(layers, 2, rows, length, heads, dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,): tokens stored so far
         self.longest = 0  # no row has more, as the CPU knows without asking the device
+        self.filled = 0  # rows that have begun
 
     def fill(self, layer: int, k: Tensor, v: Tensor, pieces: Pieces) -> None:
-        """Store the beginnings of all rows: keys and values (N, H_kv, d) of B roots."""
+        """Store the beginnings of the next rows: keys and values (N, H_kv, d) of S roots."""
         at = pieces.padded
+        rows = slice(self.filled, self.filled + len(at.own))
         for store, x in zip(self.store[layer], (k, v), strict=True):
-            store[:, : at.own.shape[1]] = x[at.own].to(store.dtype)
+            store[rows, : at.own.shape[1]] = x[at.own].to(store.dtype)
+
+    def begin(self, lengths: Tensor) -> None:
+        """Once all layers have stored the beginnings of S rows: they have these lengths (S,)."""
+        self.lengths[self.filled : self.filled + len(lengths)] = lengths.to(self.lengths.device)
+        self.longest = max(self.longest, int(lengths.max()))
+        self.filled += len(lengths)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store one more token of each row, k and v (B, H_kv, d), and attend from it: q (B, H, d) -> (B, H, d)."""
@@ -84,10 +92,10 @@ class KVCache:
         mask = visible[:, None, None]
         return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
 
-    def advance(self, tokens: Tensor | int = 1) -> None:
-        """Once all layers have stored them: count the new tokens."""
-        self.longest += tokens if isinstance(tokens, int) else int(tokens.max())
-        self.lengths = self.lengths + (tokens if isinstance(tokens, int) else tokens.to(self.lengths.device))
+    def advance(self) -> None:
+        """Once all layers have stored one more token of each row: count it."""
+        self.longest += 1
+        self.lengths = self.lengths + 1
 
     def take(self, rows: Tensor) -> None:
         """Go on with these rows only, in this order; a row may be taken more than once."""

@@ -107,7 +107,7 @@ def _rope(path: Path, raw: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return {name: rope[name] for name in needed}, theta
 
 
-def config_to_json(config: LlamaConfig, architecture: str) -> dict[str, Any]:
+def config_to_json(config: LlamaConfig, architecture: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
     """The config.json of a model: both the older and the newer names of the rotary settings."""
     rope = {"rope_type": "llama3", **config.rope_scaling} if config.rope_scaling else None
     plain = {k: v for k, v in config.__dict__.items() if k != "rope_scaling"}
@@ -117,7 +117,7 @@ def config_to_json(config: LlamaConfig, architecture: str) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "torch_dtype": "float32",
+        "torch_dtype": str(dtype).removeprefix("torch."),
         **plain,
         "rope_scaling": rope,
         "rope_parameters": {"rope_theta": config.rope_theta, **(rope or {"rope_type": "default"})},
@@ -154,7 +154,7 @@ def save_model(folder: Path, model: Llama | ScalarModel, shard_bytes: int = SHAR
         lora.save_adapters(folder / "adapters", model)
     write_json(
         folder / "config.json",
-        config_to_json(model.config, "LlamaForCausalLM" if causal else "MPOScalarModel"),
+        config_to_json(model.config, "LlamaForCausalLM" if causal else "MPOScalarModel", model.model.norm.weight.dtype),
     )
 
 
@@ -198,12 +198,12 @@ class Tensors:
         """Of a tensor that is there."""
         return tuple(self.files[self.where[name]].get_slice(name).get_shape())
 
-    def read(self, name: str) -> Tensor:
-        """In fp32. Errors: InputError where it is not of floating-point numbers, or not finite."""
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """In this dtype. Errors: InputError where it is not of floating-point numbers, or not finite."""
         tensor: Tensor = self.files[self.where[name]].get_tensor(name)
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
             raise InputError(f"{self.where[name]}: {name} holds numbers that are not finite, or {tensor.dtype}")
-        return tensor.to(torch.float32, copy=True)  # else it would be the file, mapped
+        return tensor.to(dtype, copy=True)  # else it would be the file, mapped
 
 
 def _load(
@@ -238,11 +238,12 @@ def _load(
     parallel.shard(model)
     for name, empty in model.state_dict().items():
         if name in wanted or name in given:
-            read = given[name] if name in given else tensors.read(name)
+            dtype = torch.float32 if name.startswith("score") else device.dtype()
+            read = given[name] if name in given else tensors.read(name, dtype)
             part = parallel.part_like(read.to(device.here()), empty)
             model.load_state_dict({name: part}, strict=False, assign=True)
     if isinstance(model, Llama) and tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        model.tie()
     model.model.frequencies = rotary_frequencies(config).to(device.here())
     return model if adapters else model.requires_grad_(True)
 

@@ -40,6 +40,7 @@ class Limits(Common):
     max_prompt: int = 384  # prompt tokens with BOS; the oldest turns of a longer dialogue are cut
     max_response: int = 128  # response tokens with EOS; a row with a longer response is dropped
     bf16: bool = False  # round what matrix products multiply to bf16; weights and sums stay fp32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # what weights are held in; bfloat16: half, and less exact
     device: str = "auto"  # auto (a GPU where there is one), cpu, cuda, cuda:1, mps
     deterministic: bool = False  # on a GPU, too: the same bytes each time, more slowly (on a CPU always)
     plan: bool = False  # print how much memory the stage will take, and stop there
@@ -57,6 +58,7 @@ class Training(Limits):
     grad_clip: float = 1.0  # largest norm of the gradient
     batch: int = 32  # rows of one optimiser step
     microbatch: int = 32  # rows that fit in memory at once; must divide batch
+    optimiser: Literal["adamw", "adafactor"] = "adamw"  # adafactor: hardly any memory of its own
     recompute: bool = False  # activations in the backward pass, layer by layer, instead of keeping them all
     lora_rank: int = 0  # of low-rank adapters, which alone learn (LoRA); 0: all weights learn
     lora_alpha: float = 16.0  # their scale times their rank

@@ -1,4 +1,4 @@
-"""Where models compute: one rule for every stage, and the flag that overrides it.
+"""Where models compute, and what their weights are held in: one rule for every stage, and flags that override it.
 
 Models and batches are here. Rows, token lists, random numbers and what is gathered of all rows are on the CPU, so that
 they are the same on every device. Every process has a device of its own: the CPU, or its own GPU.
@@ -12,7 +12,7 @@ import torch
 
 from mpo.errors import InputError
 
-_here = torch.device("cpu")
+_here, _dtype = torch.device("cpu"), torch.float32
 
 
 def here() -> torch.device:
@@ -20,13 +20,18 @@ def here() -> torch.device:
     return _here
 
 
-def start(wanted: str = "auto", deterministic: bool = False) -> None:
-    """Choose it. "auto": CUDA (NVIDIA, AMD), else mps (Apple), else the CPU; or the name of a device.
+def dtype() -> torch.dtype:
+    """Of the weights of a transformer's layers, embedding and head; adapters and scalar heads are always fp32."""
+    return _dtype
+
+
+def start(wanted: str = "auto", dtype: str = "float32", deterministic: bool = False) -> None:
+    """Choose both. "auto": CUDA (NVIDIA, AMD), else mps (Apple), else the CPU; or the name of a device.
 
     `deterministic`: what torch computes there is to be the same bytes each time.
     Errors: InputError for a device that is not there.
     """
-    global _here
+    global _here, _dtype
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.use_deterministic_algorithms(deterministic)
@@ -42,4 +47,4 @@ def start(wanted: str = "auto", deterministic: bool = False) -> None:
         raise InputError(f"--device {wanted}: not here ({reason}); take auto, cpu, cuda, cuda:1 or mps") from None
     if found.type == "cuda":
         torch.cuda.set_device(found)
-    _here = found
+    _here, _dtype = found, getattr(torch, dtype)

@@ -52,12 +52,12 @@ class AdaptedLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs) -> (N, outputs)"""
         y = super().forward(x)
-        return y.add_(self.lora_B(self.lora_A(x)), alpha=self.scale) if self.on else y
+        return y.add_(self.lora_B(self.lora_A(x.float())), alpha=self.scale) if self.on else y
 
     def merged(self) -> Tensor:
         """(outputs, inputs): W + (alpha / r) B A, or W where it is off; sharded ones are put together."""
         W, A, B = (parallel.whole(layer.detach()) for layer in (self.weight, self.lora_A.weight, self.lora_B.weight))
-        return W + self.scale * (B @ A) if self.on else W
+        return (W + self.scale * (B @ A)).to(W.dtype) if self.on else W
 
 
 def adapted(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -213,13 +213,13 @@ class Trunk(nn.Module):
     def forward(self, ids: Tensor, pieces: Pieces, cache: KVCache | None = None) -> Tensor:
         """Hidden states (N, D) of token ids (N,), packed end to end: pieces are the texts that they make up.
 
-        An empty cache is filled on the way, with texts of one piece each; `decoder` goes on from there.
+        A cache's next rows are filled on the way, with texts of one piece each; `decoder` goes on from there.
         """
         x, rope = self.embed_tokens(ids), self.rope(pieces.positions)  # (N, D)
         for i, block in enumerate(self.layers):
             x = block(x, rope, pieces, cache, i)
         if cache is not None:
-            cache.advance(pieces.lengths)
+            cache.begin(pieces.lengths)
         return self.norm(x)
 
     def decoder(self, cache: KVCache) -> Callable[[Tensor], Tensor]:
@@ -239,7 +239,11 @@ class Llama(nn.Module):
         self.config = config
         self.model = Trunk(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
-        if config.tie_word_embeddings:
+        self.tie()
+
+    def tie(self) -> None:
+        """Where the config says so, head and embedding are one."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, ids: Tensor, pieces: Pieces, cache: KVCache | None = None) -> Tensor:
@@ -277,7 +281,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, ids: Tensor, pieces: Pieces) -> Tensor:
         """(N,) -> (N,) in fp32; see Trunk.forward."""
-        raw = self.score(self.model(ids, pieces)).squeeze(-1).float()
+        raw = self.score(self.model(ids, pieces).float()).squeeze(-1)
         return (raw - self.score_mean) / self.score_std
 
 
@@ -291,7 +295,13 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(N, D) -> (N,) in fp32."""
-        return self.score(hidden).squeeze(-1).float()
+        return self.score(hidden.float()).squeeze(-1)
+
+
+def hold_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring all parameters of a language model to a dtype; buffers (angles) stay fp32."""
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
 
 
 def recompute_activations(model: nn.Module, on: bool) -> None:

@@ -180,8 +180,9 @@ def shard(model: M) -> M:
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh(device.here().type, (count(),))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
+        heads = [model.score] if hasattr(model, "score") else []  # in fp32 whatever the rest is; a group has one dtype
+        for part in [*blocks, *heads]:
+            fully_shard(part, mesh=mesh)
         # The head is used behind the model's forward pass (logprobs.py), so it stays gathered until the backward pass.
         fully_shard(model, mesh=mesh, reshard_after_forward=False)
     return model

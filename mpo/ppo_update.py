@@ -15,9 +15,10 @@ from mpo.guards import agree_finite, not_finite
 from mpo.logprobs import compare, response_hidden, response_logprobs
 from mpo.lora import BaseOf
 from mpo.model import Llama, ScalarModel, ValueHead
+from mpo.optimisers import learning_rate, optimiser_step
 from mpo.randomness import generator
 from mpo.rollout import Rollout, check_agreement, state_values
-from mpo.training import learning_rate, microbatches, optimiser_step
+from mpo.training import microbatches
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Critic:
     """What values states, with its optimiser: a model of its own, or a head on the policy's trunk."""
 
     model: ScalarModel | ValueHead
-    optimiser: torch.optim.AdamW
+    optimiser: torch.optim.Optimizer
     weight: float = 1.0  # of its loss; a trunk that is shared has to serve both
 
 
@@ -44,7 +45,7 @@ class Learner:
     """What learns (policy and, for GAE, critic), and the reference it is held to."""
 
     policy: Llama
-    optimiser: torch.optim.AdamW
+    optimiser: torch.optim.Optimizer
     ref: Llama | BaseOf
     critic: Critic | None
 

@@ -6,7 +6,7 @@ its own, so that nothing is padded. Rows that have said EOS leave the batch at o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,11 @@ from torch import Tensor
 
 import kernels
 from kernels import Pieces
+from kernels.reference import KVCache
 from mpo import device, parallel
 from mpo.model import Llama
+
+PREFILL = 2**14  # prompts' tokens that are computed at once: what this takes does not grow with the rows
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,24 @@ def generate(
     )
 
 
+def _some_at_a_time(prompts: Sequence[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+    """As many prompts as have PREFILL tokens, or one that has more."""
+    part, tokens = list[tuple[int, ...]](), 0
+    for prompt in prompts:
+        if part and tokens + len(prompt) > PREFILL:
+            yield part
+            part, tokens = [], 0
+        part, tokens = [*part, prompt], tokens + len(prompt)
+    yield part
+
+
+def _begin(model: Llama, prompts: Sequence[tuple[int, ...]], cache: KVCache) -> Tensor:
+    """Prompts into the cache; the hidden state of each one's last token, (S, D)."""
+    pieces = Pieces([len(p) for p in prompts], device=device.here())
+    ids = torch.tensor([token for p in prompts for token in p]).to(device.here())
+    return model(ids, pieces, cache).index_select(0, pieces.last.to(device.here()))
+
+
 def _generate(
     model: Llama, prompts: Sequence[list[int]], sampling: Sampling, uniforms: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,10 +96,8 @@ def _generate(
     B, max_new, eos, here = len(prompts), sampling.max_new, sampling.eos, device.here()
     number: dict[tuple[int, ...], int] = {}  # of each prompt among the different ones
     of_row = torch.tensor([number.setdefault(tuple(p), len(number)) for p in prompts]).to(here)
-    pieces = Pieces([len(p) for p in number], device=here)
-    cache = model.kv_cache(len(number), int(pieces.lengths.max()) + max_new)
-    ids = torch.tensor([token for p in number for token in p]).to(here)
-    hidden = model(ids, pieces, cache).index_select(0, pieces.last.to(here))
+    cache = model.kv_cache(len(number), max(map(len, number)) + max_new)
+    hidden = torch.cat([_begin(model, part, cache) for part in _some_at_a_time(list(number))])
     if len(number) < B:
         hidden = hidden[of_row]  # (B, D)
         cache.take(of_row)

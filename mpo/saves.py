@@ -45,7 +45,6 @@ CHANGES_NOTHING = {
 }
 SHARE = 0.05  # of the time at most is spent on saving
 ABOUT = "about.json"
-ONE = torch.zeros(())  # what AdamW's count of steps looks like
 
 
 class Part(NamedTuple):
@@ -181,7 +180,7 @@ class Saves:
             moments = sorted({n.split("/")[1] for n in saved if n.startswith(f"{name}/")} - {"weight"})
             for key, p in part.model.named_parameters() if part.optimiser else ():
                 names = {m: f"{name}/{m}/{key}" for m in moments if f"{name}/{m}/{key}" in saved}
-                state = {m: torch.zeros_like(p.detach() if saved[at] == p.shape else ONE) for m, at in names.items()}
+                state = {m: _moment(p, saved[at]) for m, at in names.items()}
                 if part.optimiser and state:
                     part.optimiser.state[p] = state
                 into |= {at: state[m] for m, at in names.items()}
@@ -190,6 +189,13 @@ class Saves:
 
 def _digest(about: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def _moment(p: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """What an optimiser holds of a weight, in fp32: as much, which is sharded as it is, or less."""
+    if shape == p.shape:
+        return torch.zeros_like(p.detach(), dtype=torch.float32)
+    return parallel.local(p.detach()).new_zeros(shape, dtype=torch.float32)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

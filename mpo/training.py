@@ -1,9 +1,8 @@
-"""The loop that SFT, reward model and DPO share, and the optimiser step that PPO calls too."""
+"""The loop that SFT, reward model and DPO share, and the microbatches that PPO uses, too."""
 
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 import kernels
 from mpo import device, parallel
 from mpo.checkpoint import save_model
-from mpo.config import Common, Training, exact_div
+from mpo.config import Common, Limits, Training, exact_div
 from mpo.data.batches import Pair, shuffled_batches
 from mpo.errors import InputError
 from mpo.guards import NotFinite, agree_finite, failure, not_finite
 from mpo.model import Llama, ScalarModel, recompute_activations
+from mpo.optimisers import learning_rate, make_optimiser, optimiser_step
 from mpo.progress import progress
 from mpo.saves import Part, Saves
 from mpo.stage import Stage
@@ -55,45 +55,14 @@ def setup_torch(config: Common) -> None:
     """Threads, memory, precision, and denormals flushed (they slow small models down a hundredfold)."""
     if kernels.default not in (None, *kernels.IMPLEMENTATIONS):
         raise InputError(f"MPO_KERNELS={kernels.default}: expected one of {', '.join(kernels.IMPLEMENTATIONS)} here")
-    device.start(getattr(config, "device", "cpu"), getattr(config, "deterministic", False))
+    if isinstance(config, Limits):
+        device.start(config.device, config.dtype, config.deterministic)
     parallel.start(getattr(config, "shard", False))
     torch.set_num_threads(config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     torch.set_flush_denormal(True)
     kernels.use_bf16(getattr(config, "bf16", False))
     if not getattr(config, "recompute", False):  # which wants memory back, and not in pieces
         keep_freed_memory()
-
-
-def adamw(model: nn.Module, lr: float, weight_decay: float, eps: float = 1e-8) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    matrices, rest = [p for p in learning if p.dim() > 1], [p for p in learning if p.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup: float, final: float) -> float:
-    """Linear warm-up over a share of the steps, then a cosine down to `final` * peak."""
-    rising = max(1, round(steps * warmup))
-    if step < rising:
-        return peak * (step + 1) / rising
-    done = (step - rising) / max(1, steps - rising)
-    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
-
-
-def optimiser_step(optimiser: torch.optim.Optimizer, model: nn.Module, lr: float, grad_clip: float) -> float:
-    """Clip the gradient, take one step at this learning rate, clear; returns the norm before clipping.
-
-    Errors: NotFinite when the gradient is not finite, before it touches a weight.
-    """
-    norm = float(parallel.whole(nn.utils.clip_grad_norm_(model.parameters(), grad_clip)))
-    if not math.isfinite(norm):
-        raise NotFinite("the gradient", [])
-    for group in optimiser.param_groups:
-        group["lr"] = lr
-    optimiser.step()
-    optimiser.zero_grad()
-    return norm
 
 
 def batches_of(pairs: Sequence[Pair], batch: int, epochs: float, seed: int, steps: int = 0) -> list[list[Pair]]:
@@ -177,7 +146,7 @@ def train(
     exact_div(config.batch, config.microbatch, "--batch and --microbatch")
     parallel.learns(model)
     recompute_activations(model, config.recompute)
-    optimiser = adamw(model, config.lr, config.weight_decay)
+    optimiser = make_optimiser(model, config.lr, config.weight_decay, kind=config.optimiser)
     saves = Saves(stage, config, {"model": Part(model, optimiser)})
     done, numbers = saves.restore({"recent": [], "memory": memory.state() if memory else {}})
     recent: list[dict[str, float]] = numbers["recent"]

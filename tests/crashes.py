@@ -33,6 +33,12 @@ DPO = "--data {run}/split/pairs.jsonl --model {run}/sft --steps 48 --batch 8"
 # name -> (script, its config, flags)
 STAGES: dict[str, tuple[Any, type, str]] = {
     "sft": (train_sft, SFTConfig, "--data {run}/data --tokenizer {run}/tokenizer --batch 8 --microbatch 8 --epochs 2"),
+    "sft-frugal": (
+        train_sft,
+        SFTConfig,
+        "--data {run}/data --tokenizer {run}/tokenizer --model {run}/sft --batch 8 --microbatch 8 --epochs 2 "
+        "--dtype bfloat16 --optimiser adafactor",
+    ),
     "rm": (train_rm, RMConfig, "--data {run}/data --model {run}/sft --batch 8 --microbatch 8 --epochs 2"),
     "dpo": (train_dpo, DPOConfig, f"{DPO} --microbatch 8 --keep 2"),
     "dpo-bco": (train_dpo, DPOConfig, f"{DPO} --microbatch 4 --loss bco_pair+0.1*sft"),

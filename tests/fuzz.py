@@ -35,11 +35,11 @@ from mpo.errors import InputError
 from mpo.files import write_json
 from mpo.model import scalar_from
 from mpo.objective import parse_objective
+from mpo.optimisers import make_optimiser
 from mpo.randomness import generator
 from mpo.saves import Part, Saves
 from mpo.split import threshold
 from mpo.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from mpo.training import adamw
 from mpo.verify import verify
 from mpo.world.build import build
 from tests.conftest import small_model
@@ -213,7 +213,9 @@ def saves(ground: Ground, draw: random.Random) -> None:
     out = ground.folder / "stage"
     shutil.rmtree(out, ignore_errors=True)
     asked = DPOConfig(out=str(out), data="", model="")
-    kept = Saves(Stage(asked, {}, asked.out, False), asked, {"m": Part(ground.model, adamw(ground.model, 1e-3, 0.0))})
+    kept = Saves(
+        Stage(asked, {}, asked.out, False), asked, {"m": Part(ground.model, make_optimiser(ground.model, 1e-3, 0.0))}
+    )
     path = draw.choice(sorted(kept.write(7, {"a": 1}).iterdir()))
     path.write_bytes(broken_bytes(path.read_bytes(), draw))
     step, numbers = kept.restore({"a": 0})

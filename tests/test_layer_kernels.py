@@ -99,15 +99,16 @@ def test_decoder(heads, bf16):
 
     shapes = ((D,), (H * d, D), (KV * d, D), (KV * d, D), (D, H * d), (D,), (F, D), (F, D), (D, F))
     layers = [LayerWeights(*(random(*s) / s[-1] ** 0.5 + (len(s) == 1) for s in shapes)) for _ in range(2)]
-    starts, first = Pieces([5, 1, 30]), random(2, 36, KV, d)
+    starts, rest, first = Pieces([5, 1]), Pieces([30]), random(2, 36, KV, d)
     caches, steps = {}, {}
     kernels.use_bf16(bf16)
     try:
         for impl, kind in (("cpu", torch.float32), ("reference", torch.float64)):
             cache = caches[impl] = kernels.kv_cache(2, 3, 45, KV, d, torch.zeros(1, dtype=kind), impl=impl)
-            for layer in range(2):
-                cache.fill(layer, *(layer + first).to(kind), starts)
-            cache.advance(starts.lengths)
+            for part, tokens in ((starts, slice(0, 6)), (rest, slice(6, 36))):  # in two parts
+                for layer in range(2):
+                    cache.fill(layer, *(layer + first[:, tokens]).to(kind), part)
+                cache.begin(part.lengths)
             weights = [LayerWeights(*(x.to(kind) for x in w)) for w in layers]
             steps[impl] = kernels.decoder(weights, layers[0].mlp_norm.to(kind), 1e-5, cache, impl=impl)
     finally:

@@ -10,9 +10,9 @@ from kernels import Pieces
 from mpo.checkpoint import load_model, load_scalar, save_model, scalar_from
 from mpo.lora import TARGETS, BaseOf, critic_on, switched_off
 from mpo.model import Adapters
+from mpo.optimisers import make_optimiser
 from mpo.randomness import generator
 from mpo.sampling import Sampling, generate
-from mpo.training import adamw
 from tests.conftest import SMALL, run_script, small_model
 
 IDS, PIECES = torch.arange(3, 60), Pieces([30, 20, 7], [-1, 0, 0])
@@ -42,7 +42,7 @@ def test_new_adapters_change_nothing_and_only_they_learn(folder):
     assert learning == {n for n, _ in model.named_parameters() if ".lora_" in n}
     assert len(learning) == 2 * 7 * 2  # A and B of seven matrices in two layers
     model(IDS, PIECES).square().sum().backward()
-    adamw(model, 0.1, 0.0).step()
+    make_optimiser(model, 0.1, 0.0).step()
     assert not torch.equal(model(IDS, PIECES), base(IDS, PIECES))
     with switched_off(model):
         assert torch.equal(model(IDS, PIECES), base(IDS, PIECES))
@@ -95,7 +95,7 @@ def test_a_critic_shares_the_base_and_values_nothing_at_first(folder):
     before = [p.clone() for p in policy.parameters()]
     critic.score.weight.data.fill_(0.1)
     critic(IDS, PIECES).sum().backward()
-    adamw(critic, 0.1, 0.1).step()
+    make_optimiser(critic, 0.1, 0.1).step()
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
 
 

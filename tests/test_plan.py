@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+import kernels
 from benchmarks.plans import SIZES, measure, write_inputs
 from kernels import Pieces
 from mpo.config import DPOConfig, PPOConfig, SFTConfig
 from mpo.lora import TARGETS, attach
-from mpo.model import Adapters, Llama, ScalarModel
-from mpo.plan import adapter_parameters, layer_activations, lines, parameters
+from mpo.model import Adapters, Llama, ScalarModel, hold_in
+from mpo.optimisers import make_optimiser
+from mpo.plan import Load, adafactor_state, adapter_parameters, layer_activations, lines, parameters, plain_layer
 from tests.conftest import run_script, small_config, small_model
 
 
@@ -48,10 +50,48 @@ def test_what_a_layer_keeps_of_a_token():
     assert per_layer == pytest.approx(layer_activations(model.config), rel=0.1)  # a few statistics beside
 
 
-@pytest.mark.parametrize(("size", "stage"), [("mini", "ppo"), ("small", "dpo"), ("base", "sft")])
-def test_the_plan_is_within_15_percent_of_the_peak(tmp_path, size, stage):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_layer_keeps_without_compiled_kernels(dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "default", "reference")
+    kept = {}
+    for layers in (2, 3):
+        model, pieces = small_model(num_hidden_layers=layers), Pieces([30, 20, 20], [-1, 0, 0])
+        hold_in(model, dtype)
+        known, sizes = {p.data_ptr() for p in model.parameters()}, {}
+
+        def keep(t, sizes=sizes, known=known):
+            if t.is_floating_point() and t.untyped_storage().data_ptr() not in known:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            hidden = model(torch.randint(0, 61, (70,)), pieces)
+        kept[layers] = sum(sizes.values())
+        assert hidden.dtype == dtype
+    use = Load(0, 0, 70, 40, pieces=3, past=30, longest=30)
+    assert kept[3] - kept[2] == pytest.approx(plain_layer(model.config, use, dtype.itemsize), rel=0.1)
+
+
+def test_what_adafactor_keeps():
+    for tied in (True, False):
+        model = Llama(small_config(tie_word_embeddings=tied))
+        optimiser = make_optimiser(model, 0.1, 0.0, kind="adafactor")
+        model.logits(torch.arange(9)[None]).sum().backward()
+        optimiser.step()
+        held = sum(v.numel() for state in optimiser.state.values() for name, v in state.items() if name != "step")
+        assert adafactor_state(model.config) == held
+
+
+FRUGAL = ("--dtype", "bfloat16", "--optimiser", "adafactor")
+
+
+@pytest.mark.parametrize(
+    ("size", "stage", "more"),
+    [("mini", "ppo", ()), ("small", "dpo", ()), ("base", "sft", ()), ("small", "sft", FRUGAL)],
+)
+def test_the_plan_is_within_15_percent_of_the_peak(tmp_path, size, stage, more):
     write_inputs(tmp_path, size)
-    planned, found = measure(tmp_path, stage, SIZES[size])
+    planned, found = measure(tmp_path, stage, SIZES[size], *more)
     assert planned == pytest.approx(found, rel=0.15)
 
 
@@ -65,6 +105,13 @@ def test_what_saves_memory_saves_it_in_the_plan():
     whole = total(DPOConfig(**flags), c)
     assert total(DPOConfig(**flags, recompute=True), c) < whole
     assert total(DPOConfig(**flags, microbatch=8), c) < whole
+    wide = small_config(num_hidden_layers=20, hidden_size=96, intermediate_size=256, head_dim=24)
+    held = [
+        total(DPOConfig(**flags, dtype=dtype, optimiser=optimiser), wide)
+        for dtype in ("float32", "bfloat16")
+        for optimiser in ("adamw", "adafactor")
+    ]
+    assert held == sorted(held, reverse=True)
     assert total(DPOConfig(**flags, lora_rank=2), c) < whole
     assert total(DPOConfig(**flags), c, 2) < whole  # a smaller share of the batch
     assert total(DPOConfig(**flags, shard=True), c, 4) < total(DPOConfig(**flags), c, 4)

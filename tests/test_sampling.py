@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels import Pieces
+from mpo import sampling
 from mpo.checkpoint import load_model
 from mpo.data.batches import make_batch
 from mpo.errors import InputError
@@ -107,6 +108,17 @@ def test_equal_prompts_are_computed_once_and_sampled_apart():
     found = response_logprobs(model, make_batch(list(zip(prompts, together.responses, strict=True)), share=False))
     sampled = torch.cat([torch.tensor(x) for x in together.logps])
     torch.testing.assert_close(found.logp[found.mask].detach(), sampled, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 9])
+def test_prompts_computed_a_few_at_a_time_are_the_same(monkeypatch, tokens):
+    model = eager_to_stop()
+    whole = draw(model, [*PROMPTS, PROMPTS[0]], max_new=9)
+    monkeypatch.setattr(sampling, "PREFILL", tokens)
+    parts = draw(model, [*PROMPTS, PROMPTS[0]], max_new=9)
+    assert parts.responses == whole.responses
+    for a, b in zip(parts.logps, whole.logps, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
 
 
 def test_kl_to_itself_is_0_and_to_another_positive():

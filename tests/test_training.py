@@ -1,9 +1,8 @@
-"""The shared loop: accumulation, schedule, refusal of a broken gradient."""
+"""The shared loop: accumulation, batches."""
 
 from __future__ import annotations
 
 import json
-import math
 
 import pytest
 import torch
@@ -11,10 +10,9 @@ import torch
 from mpo.config import SFTConfig
 from mpo.data.batches import encode, make_batch
 from mpo.errors import InputError
-from mpo.guards import NotFinite
 from mpo.logprobs import response_logprobs
 from mpo.stage import Stage
-from mpo.training import batches_of, learning_rate, optimiser_step, train
+from mpo.training import batches_of, train
 from mpo.world.build import build
 from tests.conftest import small_model
 
@@ -46,25 +44,6 @@ def test_microbatches_change_nothing_but_rounding(tokenizer, tmp_path):
 def test_a_microbatch_that_does_not_divide_is_refused(tokenizer, tmp_path):
     with pytest.raises(InputError, match="8 is not a multiple of 3"):
         trained(tokenizer, tmp_path, 3)
-
-
-def test_the_schedule_by_hand():
-    rates = [learning_rate(s, 100, 1.0, 0.1, 0.2) for s in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == pytest.approx(1.0)
-    assert rates[55] == pytest.approx(0.2 + 0.8 * 0.5)  # halfway down the cosine
-    assert rates[99] == pytest.approx(0.2, abs=1e-3)
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-
-
-def test_a_gradient_that_is_not_finite_touches_no_weight():
-    model = torch.nn.Linear(2, 1)
-    before = model.weight.clone()
-    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
-    (model(torch.ones(1, 2)) * math.nan).sum().backward()
-    with pytest.raises(NotFinite, match="the gradient"):
-        optimiser_step(optimiser, model, 1.0, 1.0)
-    assert torch.equal(model.weight, before)
 
 
 def test_too_few_rows_for_a_batch(tokenizer):

@@ -21,6 +21,7 @@ class KVCache:
         self.keys, self.values = torch.zeros(2, layers, rows, heads, self.length, dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
         self.slots = torch.arange(rows)  # (B,): where each row lies in keys and values
+        self.filled = 0
 
     def fill(self, layer: int, k: Tensor, v: Tensor, pieces: Pieces) -> None:
         """See reference.py."""
@@ -33,11 +34,18 @@ class KVCache:
             torch.get_num_threads(),
         )
         k, v = k.contiguous(), v.contiguous()
-        call("cache_fill", self.keys[layer], self.values[layer], k, v, pieces.lengths, *sizes)
+        keys, values = self.keys[layer, self.filled :], self.values[layer, self.filled :]
+        call("cache_fill", keys, values, k, v, pieces.lengths, *sizes)
 
-    def advance(self, tokens: Tensor | int = 1) -> None:
+    def begin(self, lengths: Tensor) -> None:
         """See reference.py."""
-        self.lengths = self.lengths + tokens
+        self.lengths[self.filled : self.filled + len(lengths)] = lengths
+        self.filled += len(lengths)
+        assert self.filled <= len(self.lengths)
+
+    def advance(self) -> None:
+        """See reference.py."""
+        self.lengths = self.lengths + 1
         assert int(self.lengths.max()) <= self.length
 
     def take(self, rows: Tensor) -> None:
