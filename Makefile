@@ -247,7 +247,7 @@ oldest: .oldest/.done
 
 # The GPU kernels' tests in Triton's interpreter, which needs no GPU.
 triton: .venv/.gpu
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_head_kernels.py tests/test_layer_kernels.py -k gpu
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_kernels.py tests/test_head_kernels.py tests/test_layer_kernels.py -k gpu
 
 # The compiled kernels' tests with every access to memory checked.
 sanitize: export MPO_KERNELS_FLAGS := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all

@@ -23,7 +23,7 @@ from mpo.data.rows import read_rows
 from mpo.errors import InputError
 from mpo.guards import NotFinite, collapses, failure
 from mpo.lora import BaseOf, adapters_of, critic_on
-from mpo.model import Llama, ScalarModel, ValueHead, recompute_activations
+from mpo.model import Llama, ScalarModel, ValueHead, configure_layers
 from mpo.optimisers import make_optimiser
 from mpo.ppo_update import Critic, Learner, Update, update
 from mpo.program import run
@@ -132,8 +132,8 @@ def load_learner(config: PPOConfig) -> Learner:
     learner = Learner(
         policy, make_optimiser(policy, config.lr, 0.0, 1e-5, config.optimiser), ref, load_critic(config, policy)
     )
-    for model in learner.models:
-        recompute_activations(model, config.recompute)
+    for model in [*learner.models, ref]:
+        configure_layers(model, config.recompute, config.compile)
     return learner
 
 

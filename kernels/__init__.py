@@ -85,6 +85,8 @@ class PolicyReference(NamedTuple):
 def _implementation(impl: str | None, function: str, *tensors: Tensor) -> ModuleType:
     """The one dispatch rule: the named implementation, or the last of the list that takes these tensors."""
     impl = impl or default
+    if torch.compiler.is_compiling():  # which makes its own programs, of torch's operations
+        return reference
     if impl is not None:
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl={impl!r}: expected one of {', '.join(IMPLEMENTATIONS)}")

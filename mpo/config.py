@@ -60,6 +60,7 @@ class Training(Limits):
     microbatch: int = 32  # rows that fit in memory at once; must divide batch
     optimiser: Literal["adamw", "adafactor"] = "adamw"  # adafactor: hardly any memory of its own
     recompute: bool = False  # activations in the backward pass, layer by layer, instead of keeping them all
+    compile: bool = False  # layers by torch.compile: minutes at first, then faster on GPUs
     lora_rank: int = 0  # of low-rank adapters, which alone learn (LoRA); 0: all weights learn
     lora_alpha: float = 16.0  # their scale times their rank
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # the matrices that get one

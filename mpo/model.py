@@ -204,6 +204,7 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.register_buffer("frequencies", rotary_frequencies(c), persistent=False)
+        self.compiled = False
 
     def rope(self, positions: Tensor) -> Rope:
         """Cos and sin of the rotary angles at positions (N,)."""
@@ -216,6 +217,8 @@ class Trunk(nn.Module):
         A cache's next rows are filled on the way, with texts of one piece each; `decoder` goes on from there.
         """
         x, rope = self.embed_tokens(ids), self.rope(pieces.positions)  # (N, D)
+        if self.compiled:
+            pieces.mask(x.dtype)  # what torch.compile cannot follow is done before
         for i, block in enumerate(self.layers):
             x = block(x, rope, pieces, cache, i)
         if cache is not None:
@@ -304,11 +307,19 @@ def hold_in(model: nn.Module, dtype: torch.dtype) -> None:
         p.data = p.data.to(dtype)
 
 
-def recompute_activations(model: nn.Module, on: bool) -> None:
-    """Whether every layer's activations are computed again in the backward pass: a third more work, less memory."""
+def configure_layers(model: nn.Module, recompute: bool, compiled: bool, backend: str = "inductor") -> None:
+    """How every layer is computed.
+
+    recompute: activations again in the backward pass, a third more work for less memory. compiled: by torch.compile,
+    all layers by the same program, which is made at the first batch, and not again for each new length.
+    """
     for block in model.modules():
+        if isinstance(block, Trunk):
+            block.compiled = compiled
         if isinstance(block, Block):
-            block.recompute = on
+            block.recompute = recompute
+            if compiled:
+                block.compute = torch.compile(block.compute, dynamic=True, fullgraph=True, backend=backend)  # type: ignore[method-assign]
 
 
 def initialise(model: Llama | ScalarModel, generator: torch.Generator) -> None:

@@ -31,18 +31,8 @@ from mpo.stage import SAVES, Stage
 Numbers = dict[str, Any]  # what JSON can hold
 Optimiser = torch.optim.Optimizer
 # Flags that a stage's result does not depend on, but for rounding.
-CHANGES_NOTHING = {
-    "out",
-    "overwrite",
-    "threads",
-    "save_every",
-    "saves",
-    "shard",
-    "recompute",
-    "plan",
-    "device",
-    "deterministic",
-}
+CHANGES_NOTHING = {"out", "overwrite", "threads", "save_every", "saves", "plan"}
+CHANGES_NOTHING |= {"shard", "recompute", "compile", "device", "deterministic"}
 SHARE = 0.05  # of the time at most is spent on saving
 ABOUT = "about.json"
 

@@ -17,7 +17,7 @@ from mpo.config import Common, Limits, Training, exact_div
 from mpo.data.batches import Pair, shuffled_batches
 from mpo.errors import InputError
 from mpo.guards import NotFinite, agree_finite, failure, not_finite
-from mpo.model import Llama, ScalarModel, recompute_activations
+from mpo.model import Llama, ScalarModel, configure_layers
 from mpo.optimisers import learning_rate, make_optimiser, optimiser_step
 from mpo.progress import progress
 from mpo.saves import Part, Saves
@@ -145,7 +145,7 @@ def train(
     """
     exact_div(config.batch, config.microbatch, "--batch and --microbatch")
     parallel.learns(model)
-    recompute_activations(model, config.recompute)
+    configure_layers(model, config.recompute, config.compile)
     optimiser = make_optimiser(model, config.lr, config.weight_decay, kind=config.optimiser)
     saves = Saves(stage, config, {"model": Part(model, optimiser)})
     done, numbers = saves.restore({"recent": [], "memory": memory.state() if memory else {}})

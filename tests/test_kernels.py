@@ -152,9 +152,9 @@ def test_other_dtypes_go_the_plain_way():
     assert torch.equal(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
-@needs_cpu
+@pytest.mark.parametrize("impl", [name for name in kernels.IMPLEMENTATIONS if name in ("cpu", "gpu")])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (13, 33, 7), (70, 64, 96), (300, 50, 601)], ids=str)
-def test_products_in_bf16_are_of_rounded_numbers_with_exact_sums(shape):
+def test_products_in_bf16_are_of_rounded_numbers_with_exact_sums(shape, impl):
     M, N, K = shape
     x, w, weights = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
     rounded = [t.bfloat16().double().requires_grad_() for t in (x, w)]
@@ -163,7 +163,7 @@ def test_products_in_bf16_are_of_rounded_numbers_with_exact_sums(shape):
     kernels.use_bf16(True)
     try:
         leaves = [x.requires_grad_(), w.requires_grad_()]
-        found = kernels.linear(*leaves, impl="cpu")
+        found = kernels.linear(*leaves, impl=impl)
         found.backward(weights)
         torch.testing.assert_close(kernels.linear(x, w, impl="reference").detach(), y.float(), rtol=1e-4, atol=1e-4)
     finally:

@@ -9,7 +9,7 @@ import torch
 
 from kernels import Pieces
 from mpo.checkpoint import load_model, save_model
-from mpo.model import PRESETS, LlamaConfig, recompute_activations, rotary_frequencies
+from mpo.model import PRESETS, LlamaConfig, configure_layers, rotary_frequencies
 from tests.conftest import STORIES, needs_stories, small_model
 
 
@@ -30,6 +30,21 @@ def test_children_of_one_root_do_not_see_each_other():
     for child, found in ((one, shared[4:7]), (other, shared[7:])):
         alone = model(torch.cat((prompt, child)), Pieces([4 + len(child)]))[4:]
         torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+
+
+def test_compiled_layers_compute_the_same():
+    """Without a break in the graph (fullgraph), for texts of other numbers and lengths too."""
+    plain, compiled = small_model(), small_model()
+    configure_layers(compiled, recompute=True, compiled=True, backend="aot_eager")
+    for pieces in (Pieces([30, 20, 20], [-1, 0, 0]), Pieces([7, 9, 11, 40])):
+        ids, found = torch.randint(0, 61, (int(pieces.lengths.sum()),)), []
+        for model in (plain, compiled):
+            model.zero_grad()
+            hidden = model(ids, pieces)
+            hidden.square().mean().backward()
+            found.append([hidden.detach(), *(p.grad for p in model.parameters())])
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()  # the cache is for inference
@@ -113,7 +128,7 @@ def test_a_folder_written_by_transformers_loads(old_form, tmp_path):
 
 def test_recomputed_activations_give_the_same_gradients_and_are_not_kept():
     kept, again = small_model(num_hidden_layers=4), small_model(num_hidden_layers=4)
-    recompute_activations(again, True)
+    configure_layers(again, recompute=True, compiled=False)
     ids, pieces, sizes = torch.randint(0, 61, (50,)), Pieces([30, 20]), []
     for model in (kept, again):
         total = [0]

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from kernels import head as _autograd
+from kernels import products as _products
 from kernels.cpu import head as _compiled
 from kernels.cpu.advantages import advantages as advantages
 from kernels.cpu.cache import KVCache as KVCache
 from kernels.cpu.decode import decoder as decoder
 from kernels.cpu.head import sample_tokens as sample_tokens
 from kernels.cpu.layers import attention as attention
-from kernels.cpu.layers import linear as linear
 from kernels.cpu.layers import rms_norm as rms_norm
 from kernels.cpu.layers import rotate as rotate
 from kernels.cpu.layers import swiglu as swiglu
@@ -32,5 +32,6 @@ def takes(function: str, one: Tensor, other: Tensor) -> bool:
     return one.dtype == torch.float32 or (one.dtype == torch.bfloat16 and function in HEAD)
 
 
+linear = partial(_products.linear, _compiled)
 token_logprobs = partial(_autograd.token_logprobs, _compiled)
 policy_reference = partial(_autograd.policy_reference, _compiled)

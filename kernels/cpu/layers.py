@@ -8,26 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kernels.cpu.binding import call, matmul
+from kernels.cpu.binding import call
 from kernels.pieces import Pieces
-
-
-class _Linear(Function):
-    """y = x W^T; dx = dy W; dW = dy^T x"""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.bf16 = bf16
-        return matmul(x, weight.t(), bf16)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (x, weight) = grads, ctx.saved_tensors
-        needs_x, needs_weight, _ = ctx.needs_input_grad
-        dy = dy.contiguous()  # it may be expanded from one number
-        dx = matmul(dy, weight, ctx.bf16) if needs_x else None
-        return dx, matmul(dy.t(), x, ctx.bf16) if needs_weight else None, None
 
 
 class _RMSNorm(Function):
@@ -100,13 +82,6 @@ def _shape(q: Tensor, k: Tensor, pieces: Pieces, bf16: bool) -> tuple[Tensor | i
     if int(pieces.lengths.sum()) != N:
         raise ValueError(f"pieces of {int(pieces.lengths.sum())} tokens, but {N} queries")
     return pieces.lengths, pieces.parents, N, S, H, k.shape[1], d, int(bf16), torch.get_num_threads()
-
-
-def linear(x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
-    """See reference.py."""
-    rows = x.reshape(-1, x.shape[-1])  # (M, K)
-    product: Tensor = _Linear.apply(rows, weight, bf16)
-    return product.view(*x.shape[:-1], weight.shape[0])
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -73,8 +73,12 @@ def gradient_in_logits(
 
 
 def matmul(a: Tensor, b: Tensor, bf16: bool) -> Tensor:
-    """torch's own product, which is at the limit on GPUs; with bf16, of operands rounded to it."""
-    return (a.bfloat16() @ b.bfloat16()).float() if bf16 else a @ b
+    """torch's own product, which is at the limit on GPUs; with bf16, of operands rounded to it, and summed in fp32."""
+    if not bf16:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
+    return a.bfloat16().float() @ b.bfloat16().float()  # the interpreter's tests
 
 
 def sample_tokens(hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
