@@ -12,6 +12,7 @@ from mpo.errors import InputError
 from mpo.files import read_json
 
 LARGEST = 256 << 20  # bytes
+SPECIALS = ("bos", "eos", "pad", "unk")
 
 
 class Vocabulary(Protocol):
@@ -101,21 +102,30 @@ class TokenizerJson:
         self.size: int = self.tokenizer.get_vocab_size()
         beside = ("tokenizer_config.json", "special_tokens_map.json")
         self.files = {"tokenizer.json": text} | {n: _read(folder / n) for n in beside if (folder / n).is_file()}
-        known = {kind: self._special(folder, kind) for kind in ("bos", "eos", "pad", "unk")}
+        named = {kind: self._named(folder, kind) for kind in SPECIALS}
+        known = {kind: self._numbered(folder, kind) if id is None else id for kind, id in named.items()}
         if known["eos"] is None:
             raise InputError(f"{folder}: neither {beside[0]} nor config.json says which token is EOS")
         self.eos: int = known["eos"]
         self.bos: int = self.eos if known["bos"] is None else known["bos"]  # GPT's way: a text begins where one ended
         self.pad = _pad(known["pad"], known["unk"], self.eos)
+        if new := {f"{k}_token": self.piece(id) for k, id in known.items() if id is not None and named[k] is None}:
+            # What only the model's config.json says goes where the tokenizer goes.
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", **_object(folder / beside[0]), **new}
+            self.files[beside[0]] = json.dumps(config, indent=2).encode()
 
-    def _special(self, folder: Path, kind: str) -> int | None:
-        """A special token's id: by its text in the tokenizer's own files, else by the model's config.json."""
+    def _named(self, folder: Path, kind: str) -> int | None:
+        """A special token's id by its text in the tokenizer's own files."""
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
             found = _object(folder / name).get(f"{kind}_token")
             text = found.get("content") if isinstance(found, dict) else found
             if isinstance(text, str):
                 id: int | None = self.tokenizer.token_to_id(text)
                 return id
+        return None
+
+    def _numbered(self, folder: Path, kind: str) -> int | None:
+        """A special token's id in the model's config.json."""
         given = _object(folder / "config.json").get(f"{kind}_token_id")
         given = given[0] if isinstance(given, list) and given else given
         return given if isinstance(given, int) and 0 <= given < self.size else None

@@ -152,6 +152,9 @@ def test_specials_by_the_models_config(tmp_path):
     (folder / "config.json").write_text(json.dumps({"eos_token_id": [1, 2], "bos_token_id": 0}))
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (0, 1, None)
+    tokenizer.save(tmp_path / "copy")  # away from the model
+    again = load_tokenizer(tmp_path / "copy")
+    assert (again.bos, again.eos, again.pad) == (0, 1, None)
 
 
 def test_a_tokenizer_json_without_the_package_is_one_line(tmp_path, monkeypatch):
