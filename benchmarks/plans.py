@@ -94,7 +94,9 @@ def measured_table() -> Iterator[str]:
             write_inputs(folder, size)
             cases: list[tuple[str, tuple[str, ...]]] = [(stage, ()) for stage in STAGES]
             if size == "small":
-                cases += [(s, m) for s in ("dpo", "ppo") for m in (("--recompute", "true"), ("--lora_rank", "8"))]
+                frugal = ("--dtype", "bfloat16"), ("--optimiser", "adafactor")
+                savers = ("--recompute", "true"), ("--lora_rank", "8"), *frugal, frugal[0] + frugal[1]
+                cases += [(s, m) for s in ("dpo", "ppo") for m in savers]
             millions = parameters(replace(PRESETS[size], vocab_size=500)) / 1e6
             for stage, more in cases:
                 planned, found = measure(folder, stage, microbatch, *more)
@@ -135,6 +137,13 @@ STAGES: dict[str, tuple[type[Training], dict[str, Any]]] = {
 }
 
 
+WEIGHTS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"dtype": "bfloat16"},
+    "bf16, LoRA": {"dtype": "bfloat16", "lora_rank": 16},
+}
+
+
 def needed(c: LlamaConfig, stage: str, **more: Any) -> str:
     """The fewest 80 GB GPUs (a power of two) that hold a stage, and the GB that each then needs."""
     kind, flags = STAGES[stage]
@@ -147,12 +156,13 @@ def needed(c: LlamaConfig, stage: str, **more: Any) -> str:
 
 
 def plan_table() -> Iterator[str]:
-    """Every model, every stage, with all weights learning and with adapters."""
-    yield f"| model | parameters | {' | '.join(f'{s} | {s}, LoRA' for s in STAGES)} |"
-    yield "|---" * (2 + 2 * len(STAGES)) + "|"
+    """Every model, every stage, with all weights learning in fp32, in bf16, and with adapters on weights in bf16."""
+    yield f"| model | parameters | weights | {' | '.join(STAGES)} |"
+    yield "|---" * (3 + len(STAGES)) + "|"
     for name, c in MODELS.items():
-        cells = [needed(c, stage, lora_rank=rank) for stage in STAGES for rank in (0, 16)]
-        yield f"| {name} | {parameters(c) / 1e9:,.2f} B | {' | '.join(cells)} |"
+        for kind, more in WEIGHTS.items():
+            cells = [needed(c, stage, **more) for stage in STAGES]
+            yield f"| {name} | {parameters(c) / 1e9:,.2f} B | {kind} | {' | '.join(cells)} |"
 
 
 def main() -> None:

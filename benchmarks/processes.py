@@ -1,0 +1,73 @@
+"""python -m benchmarks.processes: tokens a second of DPO steps in one process, and in several (DDP, FSDP2).
+
+On one machine's cores, each process with its share of the threads. The difference of a long and a short run is timed,
+so that starting does not count; ways are interleaved, and the table in docs/processes.md has medians.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.plans import PROMPT, RESPONSE, ROOT, write_inputs
+from experiments.grid import commit, machine
+from mpo.reporting import table
+
+PAGE = ROOT / "docs" / "processes.md"
+BEGIN, END = "<!-- written by benchmarks.processes -->\n", "<!-- end -->"
+BATCH, SHORT, LONG, REPEATS, SIZE = 8, 4, 16, 5, "mini"
+
+
+def ways(cores: int) -> dict[str, tuple[int, int, bool]]:
+    """Name -> processes, threads of each, sharded."""
+    found = {"1 process, 1 thread": (1, 1, False), f"1 process, {cores} threads": (1, cores, False)}
+    for name, sharded in (("DDP", False), ("FSDP2", True)):
+        found[f"{cores} processes, 1 thread each, {name}"] = (cores, 1, sharded)
+    return found
+
+
+def seconds(folder: Path, way: tuple[int, int, bool], steps: int) -> float:
+    """Of a whole DPO stage."""
+    processes, threads, sharded = way
+    start = ["-m", "mpo.launch", str(processes)] if processes > 1 else []
+    inputs = ["--data", f"{folder}/data/train.jsonl", "--model", f"{folder}/model", "--out", f"{folder}/out"]
+    sizes = ["--steps", str(steps), "--batch", str(BATCH), "--microbatch", str(BATCH // processes)]
+    more = ["--overwrite", "true", "--threads", str(threads), "--shard", str(sharded), "--save_every", "1000"]
+    command = [sys.executable, *start, "train_dpo.py", *inputs, *sizes, *more]
+    began = time.perf_counter()
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Measure, and write the page's table."""
+    cores = os.cpu_count() or 1
+    found: dict[str, list[float]] = {name: [] for name in ways(cores)}
+    tokens = BATCH * (PROMPT + 2 * RESPONSE) * (LONG - SHORT)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_inputs(folder, SIZE)
+        for _ in range(REPEATS):
+            for way, sizes in ways(cores).items():
+                found[way].append(tokens / (seconds(folder, sizes, LONG) - seconds(folder, sizes, SHORT)))
+    middle = {way: statistics.median(rates) for way, rates in found.items()}
+    alone = middle["1 process, 1 thread"]
+    rows = [
+        [way, f"{rate:,.0f}", f"{rate / ways(cores)[way][0]:,.0f}", f"{rate / alone:.2f}"]
+        for way, rate in middle.items()
+    ]
+    text = f"DPO steps of the `{SIZE}` preset on full rows, {REPEATS} repeats. "
+    text += f"Machine: {machine()}. Commit: {commit()}.\n\n"
+    text += table(["on this machine", "tokens/s", "of each process", "times one thread"], rows)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}{text}\n{rest[rest.index(END) :]}")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
