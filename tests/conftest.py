@@ -57,7 +57,7 @@ def tokenizer() -> Tokenizer:
 def run_script(*args: object, expect: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run a stage script as a user would, and check its exit status."""
     done = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
