@@ -147,6 +147,11 @@ def growth(
                 axis.plot(list(points), ys, "o-", color=colour, label=who, markersize=4)
             axis.set(xscale="log", yscale="log", xlabel=thing, ylabel=label if place == 0 else "")
             axis.set_xticks(list(points), [f"{size:,}" for size in points])
+            low, high = axis.get_ylim()
+            ticks = [
+                t for t in (digit * 10.0**power for power in range(-3, 7) for digit in (1, 2, 5)) if low <= t <= high
+            ]
+            axis.set_yticks(ticks, [f"{t:,g}" for t in ticks])
             axis.minorticks_off()
     axes[0][0].legend(fontsize=7)
     _save(figure, path)
