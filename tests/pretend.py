@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import library
 from torch.utils import _pytree as pytree
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -66,13 +67,13 @@ def compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     return pytree.tree_map(lambda x: Pretend(x) if isinstance(x, torch.Tensor) else x, out) if on else out
 
 
-LIBRARIES: list[torch.library.Library] = []  # what they teach torch is forgotten with them
+LIBRARIES: list[library.Library] = []  # what they teach torch is forgotten with them
 
 
 def install() -> None:
     """Make torch know the device."""
     _setup_privateuseone_for_python_backend(NAME)
-    everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    everything, aten = library.Library("_", "IMPL"), library.Library("aten", "IMPL")
     everything.fallback(compute, "PrivateUse1")
     for op in (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step):
         aten.impl(op, partial(compute, op), "PrivateUse1")  # torch's own enlarges an empty one; a wrapper cannot
