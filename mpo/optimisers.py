@@ -90,7 +90,7 @@ def adafactor(g: Tensor, state: State, t: int, eps: float) -> Tensor:
 
 def rounded(x: Tensor, draw: torch.Generator) -> Tensor:
     """fp32 to bf16, up or down at random: the last 16 bits are cut off, once a random number of 16 bits is added."""
-    noise = torch.randint(0, 1 << 16, x.shape, generator=draw, dtype=torch.int32, device=draw.device).to(x.device)
+    noise = torch.randint(0, 1 << 16, x.shape, generator=draw, dtype=torch.int32, device=x.device)
     return ((x.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
 
 
@@ -129,4 +129,8 @@ class Frugal(torch.optim.Optimizer):
                 here = parallel.local(p)
                 wide = here.float() * (1 - group["lr"] * group["weight_decay"])
                 wide -= group["lr"] * self.rule(parallel.local(p.grad).float(), mine, t, self.eps)
-                here.copy_(wide if here.dtype == torch.float32 else rounded(wide, generator(t, "rounding", number)))
+                here.copy_(
+                    wide
+                    if here.dtype == torch.float32
+                    else rounded(wide, generator(t, "rounding", number, here.device))
+                )

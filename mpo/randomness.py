@@ -7,7 +7,10 @@ import hashlib
 import torch
 
 
-def generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
-    """A CPU generator that depends on these three alone: any step can be replayed on its own."""
+def generator(seed: int, purpose: str, step: int = 0, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator that depends on these three alone: any step can be replayed on its own.
+
+    On the CPU, where it draws the same whatever computes, but for what a GPU needs too much of.
+    """
     key = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(key[:8], "big") >> 1)
