@@ -19,6 +19,7 @@ from typing import Any
 from mpo.checkpoint import save_model
 from mpo.config import DPOConfig, PPOConfig, RMConfig, SFTConfig, Training
 from mpo.data.rows import Row, write_rows
+from mpo.files import write_between
 from mpo.model import PRESETS, Llama, LlamaConfig, initialise, scalar_from
 from mpo.plan import lines, parameters
 from mpo.randomness import generator
@@ -167,13 +168,9 @@ def plan_table() -> Iterator[str]:
 
 def main() -> None:
     """Measure, and write the page's two tables anew."""
-    page = PAGE.read_text()
     for mark, table in (("plans", plan_table), ("measured", measured_table)):
         if mark in (sys.argv[1:] or ("plans", "measured")):
-            before, _, rest = page.partition(f"<!-- {mark} -->\n")
-            behind = rest[rest.index(f"<!-- end of {mark} -->") :]
-            page = f"{before}<!-- {mark} -->\n" + "\n".join(table()) + f"\n{behind}"
-    PAGE.write_text(page)
+            write_between(PAGE, f"<!-- {mark} -->\n", f"<!-- end of {mark} -->", "\n".join(table()) + "\n")
 
 
 if __name__ == "__main__":

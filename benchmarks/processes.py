@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.plans import PROMPT, RESPONSE, ROOT, write_inputs
 from experiments.grid import commit, machine
+from mpo.files import write_between
 from mpo.reporting import table
 
 PAGE = ROOT / "docs" / "processes.md"
@@ -64,8 +65,7 @@ def main() -> None:
     text = f"DPO steps of the `{SIZE}` preset on full rows, {REPEATS} repeats. "
     text += f"Machine: {machine()}. Commit: {commit()}.\n\n"
     text += table(["on this machine", "tokens/s", "of each process", "times one thread"], rows)
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}{text}\n{rest[rest.index(END) :]}")
+    write_between(PAGE, BEGIN, END, text + "\n")
     print(text)
 
 

@@ -84,16 +84,14 @@ class Pieces:
     def padded(self) -> Padded:
         """The same as rectangles."""
         parent_starts = torch.where(self.parents >= 0, self.starts[self.parents], 0)
-        lengths, pasts, starts, parent_starts = torch.stack((self.lengths, self.past, self.starts, parent_starts)).to(
-            self.device
-        )[:, :, None]  # (S, 1) each
+        of_pieces = torch.stack((self.lengths, self.past, self.starts, parent_starts))
+        lengths, pasts, starts, parent_starts = of_pieces.to(self.device)[:, :, None]  # (S, 1) each
         own = torch.arange(int(self.lengths.max()), device=self.device)  # (T,)
         past = torch.arange(int(self.past.max()), device=self.device)  # (P,)
         real, seen = own < lengths, past < pasts  # (S, T), (S, P)
         S, T, P = len(self.lengths), len(own), len(past)
-        causal = torch.ones(
-            T, T, dtype=torch.bool, device=self.device
-        ).tril()  # a pad sees what is before it: no row without a key
+        # A pad sees what is before it, too: no row without a key.
+        causal = torch.ones(T, T, dtype=torch.bool, device=self.device).tril()
         visible = torch.cat((seen[:, None].expand(S, T, P), causal.expand(S, T, T)), -1)
         return Padded(
             torch.where(real, starts + own, 0),

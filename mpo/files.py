@@ -108,6 +108,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text + "\n")
 
 
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Put `text` in the place of what a page has between two marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    write_text(page, f"{before}{begin}{text}{rest[rest.index(end) :]}")
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file that transformers and peft open; of several processes the first one does."""
     if parallel.first():

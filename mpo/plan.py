@@ -40,7 +40,7 @@ class Load(NamedTuple):
     frozen: float
     tokens: int  # of a microbatch: N
     responses: int  # of these, response tokens: M
-    pieces: int  # that they make up (kernels/pieces.py): S
+    pieces: int = 0  # that they make up (kernels/pieces.py), where something learns: S
     models: int = 1  # whose activations are held at once
     sampled: int = 0  # rows that are sampled at a time
     length: int = 0  # of each of them, at most
@@ -132,11 +132,10 @@ def load_of(config: Training | SplitConfig | EvalConfig, c: LlamaConfig, process
         sizes = rows * length, rows * config.max_new, 2 * rows, 1 + own, share, length, P
         return Load(learns, frozen, *sizes, past=P, longest=max(P, config.max_new))
     if isinstance(config, SplitConfig):
-        return Load(0, len(config.rm.split(",")) * scalar, share * (P + 2 * R), 0, 3 * share)
+        return Load(0, len(config.rm.split(",")) * scalar, share * (P + 2 * R), 0)
     assert isinstance(config, EvalConfig)
     length = P + config.max_new
-    tokens = share * length, share * config.max_new
-    return Load(0, 2 * lm + scalar, *tokens, 2 * share, sampled=share, length=length, prompt=P)
+    return Load(0, 2 * lm + scalar, share * length, share * config.max_new, sampled=share, length=length, prompt=P)
 
 
 def lines(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.grid import commit, machine
+from mpo.files import write_between
 from mpo.reporting import table
 from tests.conftest import ROOT, run_pipeline
 from tests.crashes import STAGES
@@ -66,9 +67,7 @@ def main() -> None:
         killed, wrong_kills = kills_table(base, Path(folder), kills, seed)
         tried, wrong_inputs = inputs_table(cases, seed)
     facts = f"Machine: {machine()}. Commit: {commit()}. Seed {seed}; {(time.time() - began) / 60:.0f} minutes."
-    section = f"{BEGIN}{facts}\n\n{killed}\n\n{tried}\n{END}"
-    text = page.read_text(encoding="utf-8")
-    page.write_text(text[: text.index(BEGIN)] + section + text[text.index(END) + len(END) :], encoding="utf-8")
+    write_between(page, BEGIN, END, f"{facts}\n\n{killed}\n\n{tried}\n")
     print(f"{wrong_kills} stages ended otherwise, {wrong_inputs} inputs; written: {page}")
     sys.exit(wrong_kills + wrong_inputs > 0)
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from mpo.errors import InputError, RunError
-from mpo.files import read_json, write_bytes, write_json
+from mpo.files import read_json, write_between, write_bytes, write_json
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -34,3 +34,13 @@ def test_bad_json_names_the_file(tmp_path, text, message):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError, match=f"a.json: {message}"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_part_of_a_page_is_replaced_and_nothing_else(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- a -->\nold\n<!-- end -->\nbelow\n")
+    write_between(page, "<!-- a -->\n", "<!-- end -->", "new\n")
+    assert page.read_text() == "above\n<!-- a -->\nnew\n<!-- end -->\nbelow\n"
+    with pytest.raises(ValueError, match="not found"):
+        write_between(page, "<!-- b -->\n", "<!-- end -->", "lost\n")
+    assert "new" in page.read_text()

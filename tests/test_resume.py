@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, SMALL, run_script
+from tests.crashes import STAGES
 
 
 def crashes(hh_run: Path, work: Path, stage: str, kills: int) -> dict[str, object]:
@@ -23,8 +24,7 @@ def crashes(hh_run: Path, work: Path, stage: str, kills: int) -> dict[str, objec
     return found
 
 
-# The others are killed by make soak, as these are, more often.
-@pytest.mark.parametrize("stage", ["sft-frugal", "dpo-bco", "dpo-lora", "ppo", "ppo-shared"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_killed_at_random_moments_a_stage_ends_with_the_same_bytes(hh_run, tmp_path, stage):
     found = crashes(hh_run, tmp_path, stage, 3)
     assert found["same"], (tmp_path / "killed-0.log").read_text()[-2000:]
