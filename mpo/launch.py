@@ -42,10 +42,12 @@ def main(argv: list[str]) -> None:
     except SignalException as e:
         raise Interrupted(int(e.sigval)) from None
     except ChildFailedError as e:
-        rank, failure = min(e.failures.items(), key=lambda item: item[1].exitcode)  # one that was killed, if any
-        if failure.exitcode > 0:
-            sys.exit(failure.exitcode)  # it has said why
-        name = signal.Signals(-failure.exitcode).name
+        # One that was killed, if any, rather by anything else than the SIGTERM that then ends the others.
+        ends = ((failure.exitcode == -signal.SIGTERM, failure.exitcode, rank) for rank, failure in e.failures.items())
+        _, status, rank = min(ends)
+        if status > 0:
+            sys.exit(status)  # it has said why
+        name = signal.Signals(-status).name
         raise RunError(
             f"process {rank} of {processes} was killed ({name}); the same command goes on from the last save"
         ) from None

@@ -52,10 +52,15 @@ def start(sharded: bool) -> None:
     _sharded = sharded and count() > 1
 
 
-def stop() -> None:
-    """Leave the group, at the end of the program."""
+def end() -> None:
+    """End this process with success, at once, if it is one of several.
+
+    Not by way of the interpreter's own end: gloo's threads let go of a collective's tensors a moment after it is done,
+    and one that asks for the interpreter while that is torn down aborts the process (1 to 2 in 100 on a busy machine).
+    """
     if dist.is_initialized():
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def count() -> int:

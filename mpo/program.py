@@ -32,7 +32,7 @@ def run_plain(main: Callable[[list[str]], None]) -> None:
     interrupts.install()
     try:
         main(sys.argv[1:])
-        parallel.stop()
+        parallel.end()
     except Ending as e:
         _end({InputError: "error: ", RunError: "stopped: "}.get(type(e), "") + str(e), e.status)
     except OSError as e:

@@ -131,6 +131,41 @@ def test_a_process_that_dies_ends_the_job_with_one_line_and_the_run_goes_on(hh_r
     assert "going on behind step" in processes(2, *flags).stdout
 
 
+BEGIN = """
+import atexit, os, signal, time
+from mpo import parallel
+from mpo.program import run_plain
+
+def main(argv):
+    parallel.start(False)
+"""
+
+
+def test_processes_end_without_tearing_the_interpreter_down(tmp_path):
+    """A thread of gloo's that asks for it then would abort the process, now and then."""
+    script = tmp_path / "script.py"
+    script.write_text(BEGIN + "    atexit.register(os.abort)\n    print('done')\nrun_plain(main)\n")
+    assert processes(2, str(script)).stdout == "done\n"
+
+
+@pytest.mark.parametrize(
+    ("second", "status", "words"),
+    [
+        ("os.abort()", 1, "launch.py: stopped: process 1 of 2 was killed (SIGABRT); the same command goes on"),
+        ("raise InputError('a wrong row')", 2, "script.py: error: a wrong row"),
+    ],
+)
+def test_the_process_that_ended_the_job_is_named_and_not_the_one_ended_for_it(second, status, words, tmp_path):
+    script = tmp_path / "script.py"
+    wait = "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(60)"
+    script.write_text(
+        "from mpo.errors import InputError\n"
+        + BEGIN
+        + f"    if parallel.first(): {wait}\n    {second}\nrun_plain(main)\n"
+    )
+    assert processes(2, str(script), expect=status).stderr.startswith(words)
+
+
 def test_what_is_wrong_is_said_once(hh_run, tmp_path):
     flags = command(DPO, hh_run, tmp_path / "out", "--model", tmp_path / "nowhere")
     done = processes(2, *flags, expect=2)
