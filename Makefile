@@ -216,8 +216,9 @@ locked = $(PY) requirements/pick.py $(1) > .venv/$(1).txt && $(PIP) install --qu
 	$(call locked,parity)
 	@touch $@
 
+# One file at a time on every core.
 test: .venv/.dev
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 
 parity: .venv/.parity
 	$(PY) -m pytest tests/test_trl.py tests/test_lora.py -k 'trl or peft'
@@ -243,7 +244,7 @@ lock: .venv/bin/python
 
 oldest: .oldest/.done
 	.oldest/bin/python kernels/build.py
-	.oldest/bin/python -m pytest
+	.oldest/bin/python -m pytest -n auto --dist loadfile
 
 # The GPU kernels' tests in Triton's interpreter, which needs no GPU.
 triton: .venv/.gpu

@@ -66,7 +66,8 @@ def oldest() -> str:
     pinned = dict(
         re.findall(r"^([\w-]+)==(\S+)$", LOCK.with_name("direct.txt").read_text(encoding="utf-8"), re.MULTILINE)
     )
-    return "\n".join([r.replace(">=", "==") for r in asked] + [f"{n}=={pinned[n]}" for n in ("pytest", "hypothesis")])
+    tools = ("pytest", "pytest-xdist", "hypothesis")
+    return "\n".join([r.replace(">=", "==") for r in asked] + [f"{n}=={pinned[n]}" for n in tools])
 
 
 def takes_cpu_build(version: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,10 @@ from mpo.world.build import build
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 STORIES = SHARED / "models" / "stories260K"
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several at work: a core for each, and for what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the real small model is not on this machine")
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not on this machine")
