@@ -131,9 +131,11 @@ def test_a_process_that_dies_ends_the_job_with_one_line_and_the_run_goes_on(hh_r
     assert "going on behind step" in processes(2, *flags).stdout
 
 
-BEGIN = """
-import atexit, os, signal, time
+BEGIN = f"""
+import atexit, os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
 from mpo import parallel
+from mpo.errors import InputError
 from mpo.program import run_plain
 
 def main(argv):
@@ -158,11 +160,7 @@ def test_processes_end_without_tearing_the_interpreter_down(tmp_path):
 def test_the_process_that_ended_the_job_is_named_and_not_the_one_ended_for_it(second, status, words, tmp_path):
     script = tmp_path / "script.py"
     wait = "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(60)"
-    script.write_text(
-        "from mpo.errors import InputError\n"
-        + BEGIN
-        + f"    if parallel.first(): {wait}\n    {second}\nrun_plain(main)\n"
-    )
+    script.write_text(BEGIN + f"    if parallel.first(): {wait}\n    {second}\nrun_plain(main)\n")
     assert processes(2, str(script), expect=status).stderr.startswith(words)
 
 
