@@ -56,8 +56,8 @@ def end() -> None:
     """End this process with success, at once, if it is one of several.
 
     Not by way of the interpreter's own end: gloo's threads let go of a collective's tensors a moment after it is done,
-    and one that asks for the interpreter while that is torn down aborts the process ("terminate called without an
-    active exception": 3 ends of 40 where those threads were kept waiting, 3 of 120 on a busy machine).
+    and one that asks for the interpreter while that is torn down aborts the process, now and then on a busy machine
+    ("terminate called without an active exception").
     """
     if dist.is_initialized():
         sys.stdout.flush()
