@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,13 @@ from mpo.model import Llama, LlamaConfig, initialise
 from mpo.randomness import generator
 from mpo.tokenizer import Tokenizer, train_tokenizer
 from mpo.world.build import build
+from tests.programs import ROOT, run_script
 
-ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 STORIES = SHARED / "models" / "stories260K"
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several at work: a core for each, and for what it starts
+WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several at work: a core for each, and for what it starts
+if WORKER:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
@@ -59,15 +59,6 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer((t for r in rows for t in (r.prompt, r.chosen, r.rejected)), 700, seed=1)
 
 
-def run_script(*args: object, expect: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Run a stage script as a user would, and check its exit status."""
-    done = subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
 SMALL = ("--batch", 8, "--microbatch", 8, "--threads", 1)
 
 
@@ -96,7 +87,12 @@ def run_pipeline(run: Path, task: str, seed: int = 1) -> None:
 
 @pytest.fixture(scope="session")
 def hh_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the hh world, that no test changes."""
-    run = tmp_path_factory.mktemp("hh")
-    run_pipeline(run, "hh")
+    """A finished run of the hh world, that no test changes; workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if WORKER else base
+    run = base / "hh"
+    with (base / "hh.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        if not (run / "eval" / "manifest.json").exists():
+            run_pipeline(run, "hh")
     return run

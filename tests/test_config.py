@@ -9,7 +9,7 @@ import pytest
 from mpo import config
 from mpo.config import DPOConfig, SplitConfig, exact_div, parse
 from mpo.errors import InputError
-from tests.conftest import run_script
+from tests.programs import run_script
 
 NEEDED = ["--data", "d", "--model", "m", "--out", "o"]
 STAGES = [c for c in vars(config).values() if isinstance(c, type) and c.__name__.endswith("Config")]

@@ -15,7 +15,7 @@ from torch.utils import backend_registration
 from mpo import device
 from mpo.errors import InputError
 from mpo.files import read_json
-from tests.conftest import ROOT
+from tests.programs import ROOT
 
 can_pretend = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),

@@ -17,7 +17,8 @@ from mpo.losses import PREFERENCE_LOSSES
 from mpo.world import hh
 from mpo.world.build import ANNOTATORS, NEAR, build
 from mpo.world.gold import BEST, WORST
-from tests.conftest import ROOT, small_model
+from tests.conftest import small_model
+from tests.programs import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -18,7 +18,7 @@ from experiments.statistics import Contrast
 from mpo.config import parse
 from mpo.errors import InputError
 from mpo.files import write_json
-from tests.conftest import ROOT
+from tests.programs import ROOT
 
 
 def cell(policy: str, seed: int = 1, **variables: str) -> Cell:

@@ -20,7 +20,8 @@ from mpo.guards import NotFinite, agree_finite, collapses, not_finite
 from mpo.stage import Stage
 from mpo.training import batches_of, train
 from mpo.world.build import build
-from tests.conftest import ROOT, SMALL, run_script, small_model
+from tests.conftest import SMALL, small_model
+from tests.programs import ROOT, run_script
 
 
 def train_with_a_bad_row(tokenizer, out, microbatch):

@@ -13,7 +13,8 @@ from mpo.model import Adapters
 from mpo.optimisers import make_optimiser
 from mpo.randomness import generator
 from mpo.sampling import Sampling, generate
-from tests.conftest import SMALL, run_script, small_model
+from tests.conftest import SMALL, small_model
+from tests.programs import run_script
 
 IDS, PIECES = torch.arange(3, 60), Pieces([30, 20, 7], [-1, 0, 0])
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, run_script
 from tests.group import CASES, name
+from tests.programs import ROOT, run_script
 
 DPO = "train_dpo.py --data {run}/split/pairs.jsonl --model {run}/sft --batch 8 --microbatch 4 --steps 60"
 SPLIT = "split_data.py --data {run}/data --rm {run}/rm --batch 9"

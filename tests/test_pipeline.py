@@ -15,7 +15,8 @@ from mpo.data.rows import read_rows
 from mpo.files import read_json, sha256
 from mpo.scoring import score_all
 from mpo.tokenizer import load_tokenizer
-from tests.conftest import ROOT, SMALL, STORIES, needs_stories, run_pipeline, run_script
+from tests.conftest import SMALL, STORIES, needs_stories, run_pipeline
+from tests.programs import ROOT, run_script
 
 
 def weights(run: Path) -> dict[str, str]:

@@ -13,7 +13,8 @@ from mpo.lora import TARGETS, attach
 from mpo.model import Adapters, Llama, ScalarModel, hold_in
 from mpo.optimisers import make_optimiser
 from mpo.plan import Load, adafactor_state, adapter_parameters, layer_activations, lines, parameters, plain_layer
-from tests.conftest import run_script, small_config, small_model
+from tests.conftest import small_config, small_model
+from tests.programs import run_script
 
 
 @pytest.mark.parametrize("tied", [True, False])

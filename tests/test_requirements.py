@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.programs import ROOT
 
 sys.path.insert(0, str(ROOT / "requirements"))
 import pick

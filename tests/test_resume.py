@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SMALL, run_script
+from tests.conftest import SMALL
 from tests.crashes import STAGES
+from tests.programs import ROOT, run_script
 
 
 def crashes(hh_run: Path, work: Path, stage: str, kills: int) -> dict[str, object]:

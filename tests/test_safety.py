@@ -21,7 +21,8 @@ from mpo.data.download import FILES, fetch
 from mpo.data.rows import read_rows
 from mpo.errors import InputError
 from mpo.tokenizer import load_tokenizer
-from tests.conftest import ROOT, run_script, small_model
+from tests.conftest import small_model
+from tests.programs import ROOT, run_script
 
 SOURCES = list(ROOT.glob("*.py")) + [p for d in ("mpo", "kernels", "experiments") for p in (ROOT / d).rglob("*.py")]
 BANNED_MODULES = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "yaml", "code", "runpy"}

@@ -10,7 +10,7 @@ from mpo.config import DataConfig
 from mpo.errors import InputError
 from mpo.files import read_json, write_json
 from mpo.stage import Stage, hash_tree
-from tests.conftest import run_script
+from tests.programs import run_script
 
 
 def stage(tmp_path, overwrite=False, **inputs):

@@ -11,7 +11,8 @@ import pytest
 from mpo.errors import InputError
 from mpo.files import read_json, write_json
 from mpo.verify import chain, verify
-from tests.conftest import ROOT, SMALL, run_script
+from tests.conftest import SMALL
+from tests.programs import ROOT, run_script
 
 
 @pytest.fixture

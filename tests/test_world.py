@@ -14,7 +14,7 @@ import pytest
 from mpo.world import language
 from mpo.world.build import ANNOTATORS, WORLDS, Annotator, build, flip_labels, probe_sheet
 from mpo.world.gold import BEST, gold_reward, prompt_kind
-from tests.conftest import ROOT
+from tests.programs import ROOT
 
 NAMES = pytest.mark.parametrize("name", sorted(WORLDS))
 
