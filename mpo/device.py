@@ -34,7 +34,8 @@ def start(wanted: str = "auto", dtype: str = "float32", deterministic: bool = Fa
     global _here, _dtype
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # asking imports torch's compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if wanted == "cuda":  # this process's own

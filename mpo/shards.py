@@ -7,6 +7,7 @@ process writes the same form in one file by itself.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,8 +34,11 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        with warnings.catch_warnings():  # of torch 2.9, about itself
+            warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)
+            save(dict(tensors), storage_writer=writer)
     except CheckpointException as e:
         rank, (error, _) = next(iter(e.failures.items()))
         raise RunError(f"{folder}: cannot be written by process {rank} ({error})") from None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # torch's optimisers would, in each stage
 
 import train_dpo
 import train_ppo

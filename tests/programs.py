@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 LIMIT = 900  # seconds
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["eval", "prepare_data", "split_data", "train_dpo", "train_ppo", "train_rm", "train_sft"])
+STAGES = ["eval", "prepare_data", "split_data", "train_dpo", "train_ppo", "train_rm", "train_sft", "train_tokenizer"]
+_forks.set_forkserver_preload([*STAGES, "torch._dynamo"])  # torch's, for its optimisers
 
 
 def run_script(*args: object, expect: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

@@ -88,7 +88,7 @@ FRUGAL = ("--dtype", "bfloat16", "--optimiser", "adafactor")
 
 @pytest.mark.parametrize(
     ("size", "stage", "more"),
-    [("mini", "ppo", ()), ("small", "dpo", ()), ("base", "sft", ()), ("mini", "sft", FRUGAL)],
+    [("mini", "ppo", ()), ("small", "dpo", ()), ("small", "sft", ()), ("mini", "sft", FRUGAL)],
 )
 def test_the_plan_is_within_15_percent_of_the_peak(tmp_path, size, stage, more):
     write_inputs(tmp_path, size)

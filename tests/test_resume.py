@@ -38,7 +38,7 @@ def test_killed_at_every_point_of_a_write(hh_run, tmp_path):
     assert found["kills"] >= 9
 
 
-DPO = ("--steps", 300, "--save_every", 1000, *SMALL)
+DPO = ("--steps", 100, "--save_every", 1000, *SMALL)
 
 
 def dpo_flags(hh_run: Path, out: Path) -> list[str]:
@@ -68,7 +68,7 @@ def test_a_signal_saves_first(hh_run, tmp_path, number):
     done = run_script(*dpo_flags(hh_run, out))
     assert f"going on behind step {step}" in done.stdout
     assert not (out / "saves").exists()
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 300
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 100
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def interrupted(hh_run, tmp_path):
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     flags = [x if x != "1000" else "0" for x in dpo_flags(hh_run, tmp_path / "out")]
-    flags[flags.index("300")] = "10"
+    flags[flags.index("100")] = "10"
     done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     names = sorted(p.name for p in (tmp_path / "out" / "saves").iterdir())
