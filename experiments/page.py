@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments import figures
-from experiments.grid import ROOT, read_results
+from experiments.grid import read_results
 from experiments.judgement import (
     CLAIMS,
     JUDGED,
@@ -68,10 +68,13 @@ def claim_section(worlds: Sequence[World], plan: Plan, claim: int) -> str:
         shown = [(" - ".join(p), gold_contrast(world, p)) for p in SHOWN.get(claim, [])]
         lines += [contrast_line(world, f"({name})", c, pairs[name], len(plan.seeds)) for name, c in shown]
         parts += [f"**{world.task}**", table(header, lines)]
-    reasons = ROOT / "experiments" / "reasons" / f"claim-{claim}.md"
-    if reasons.exists():
-        parts.append(reasons.read_text(encoding="utf-8").strip())
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *prose(plan, f"claim-{claim}")])
+
+
+def prose(plan: Plan, name: str) -> list[str]:
+    """What interprets the numbers, where somebody has."""
+    path = plan.reasons / f"{name}.md" if plan.reasons else None
+    return [path.read_text(encoding="utf-8").strip()] if path and path.exists() else []
 
 
 def main_table(world: World, plan: Plan) -> str:
@@ -237,9 +240,8 @@ def write(plan: Plan) -> None:
             [f"{claim}. {title}", *(verdict(f, len(plan.seeds)) for f in (found, *([one] for one in found)))]
         )
     parts = ["# The claims, measured", provenance(plan)]
-    reasons = ROOT / "experiments" / "reasons" / "summary.md"
     parts += ["## Verdicts", table(["claim", "verdict", *(w.task for w in worlds)], verdicts)]
-    parts += [reasons.read_text(encoding="utf-8").strip()] if reasons.exists() else []
+    parts += prose(plan, "summary")
     parts += draw(worlds, plan, plan.page.parent / "figures")
     for world in worlds:
         parts += [f"## Main grid, {world.task}", main_table(world, plan)]
