@@ -37,7 +37,7 @@ STAGES: dict[str, tuple[Any, type, str]] = {
     "sft-frugal": (
         train_sft,
         SFTConfig,
-        "--data {run}/data --tokenizer {run}/tokenizer --model {run}/sft --batch 8 --microbatch 8 --epochs 2 "
+        "--data {run}/data --tokenizer {run}/tokenizer --model {run}/sft --batch 8 --microbatch 8 --epochs 1 "
         "--dtype bfloat16 --optimiser adafactor",
     ),
     "rm": (train_rm, RMConfig, "--data {run}/data --model {run}/sft --batch 8 --microbatch 8 --epochs 2"),
@@ -61,6 +61,7 @@ FEW = {
     "dpo": "--steps 8 --keep 0",
     "ppo": "--iterations 4 --keep 0",
 }  # steps
+FEWER = {"sft": "--epochs 0.25", "rm": "--epochs 0.25", "dpo": "--steps 4 --keep 0", "ppo": "--iterations 2 --keep 0"}
 
 
 def start(stage: str, base: Path, out: Path, *more: str, before: Any = None) -> int:

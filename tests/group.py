@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from tests.crashes import FEW, start, wait
+from tests.crashes import FEWER, start, wait
 
 # stage (crashes.STAGES), processes, sharded
 CASES = [
@@ -59,7 +59,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for stage, count, sharded in [*sorted({(stage, 1, False) for stage, _, _ in CASES}), *CASES]:
         out = work / name(stage, count, sharded)
-        few = FEW[stage.split("-")[0]].split()
+        few = FEWER[stage.split("-")[0]].split()
         statuses = together(
             stage, base, out, count, *few, "--shard", str(sharded), "--recompute", str(count == 4), *SELDOM
         )

@@ -101,7 +101,7 @@ def main() -> None:
     for stage in (*TRAINING, *OTHERS):
         for device in ("cpu", NAME):
             out = work / f"{stage}-{device}"
-            few = crashes.FEW.get(stage.split("-")[0], "").split()
+            few = crashes.FEWER.get(stage.split("-")[0], "").split()
             if status := crashes.wait(crashes.start(stage, base, out, *few, "--device", device)):
                 sys.exit(f"{out.name} ended with {status}: {out.with_suffix('.log').read_text()[-3000:]}")
 
