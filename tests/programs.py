@@ -14,8 +14,7 @@ ROOT = Path(__file__).parent.parent
 LIMIT = 900  # seconds
 
 _forks = multiprocessing.get_context("forkserver")
-STAGES = ["eval", "prepare_data", "split_data", "train_dpo", "train_ppo", "train_rm", "train_sft", "train_tokenizer"]
-_forks.set_forkserver_preload([*STAGES, "torch._dynamo"])  # torch's, for its optimisers
+_forks.set_forkserver_preload([*(path.stem for path in ROOT.glob("*.py")), "torch._dynamo"])  # torch's optimisers do
 
 
 def run_script(*args: object, expect: int = 0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
