@@ -30,11 +30,13 @@ from experiments.judgement import (
     verdict,
 )
 from experiments.plan import FIRST_STAGE, Plan
-from experiments.statistics import Contrast, column, hierarchical_bootstrap, win
+from experiments.statistics import Contrast, column, difference, hierarchical_bootstrap, win
 from mpo.errors import InputError
 from mpo.files import read_json, write_text
 from mpo.reporting import interval, percent, table
 
+NOISE_PAIRS = [("mpo", "dpo-all-long"), ("mpo", "ppo-long")]  # shown along the sweeps
+GAMMA_PAIRS = [("mpo", "dpo")]
 UNITS = dict.fromkeys((*FIRST_STAGE, "dpo-long", "dpo-all-long", "ppo-long"), 2) | {"sft": 0}
 
 
@@ -106,13 +108,15 @@ def main_table(world: World, plan: Plan) -> str:
     return table(header, lines)
 
 
-def sweep_table(grids: Mapping[str, Mapping[str, Sequence[Row]]], methods: Sequence[str], name: str) -> str:
-    """Gold along a sweep, a line a method."""
-    lines = []
-    for method in methods:
-        cells = [column(grid.get(method, []), "golds") for grid in grids.values()]
-        lines.append([method, *(interval(hierarchical_bootstrap(c)) if c else "-" for c in cells)])
-    return table([name, *grids], lines)
+def sweep_table(
+    grids: Mapping[str, Mapping[str, Sequence[Row]]], methods: Sequence[str], pairs: Sequence[Pair], name: str
+) -> str:
+    """Gold along a sweep, a line a method; then the paired differences of some."""
+    golds = [{m: column(grid.get(m, []), "golds") for m in methods} for grid in grids.values()]
+    lines = {m: [found[m] for found in golds] for m in methods}
+    lines |= {" - ".join(p): [difference(*(found[m] for m in p)) for found in golds] for p in pairs}
+    cells = {k: [interval(hierarchical_bootstrap(v)) if v else "-" for v in line] for k, line in lines.items()}
+    return table([name, *grids], [[title, *line] for title, line in cells.items()])
 
 
 def pushed_table(world: World) -> str:
@@ -247,8 +251,9 @@ def write(plan: Plan) -> None:
         parts += [f"## Main grid, {world.task}", main_table(world, plan)]
     parts += [claim_section(worlds, plan, claim) for claim in CLAIMS]
     for world in worlds:
-        parts += [f"## Sweeps, {world.task}", sweep_table(world.noise, plan.noise_methods, "labels flipped")]
-        parts += [sweep_table(world.gamma, plan.gamma_methods, "gamma"), pushed_table(world)]
+        parts += [f"## Sweeps, {world.task}"]
+        parts += [sweep_table(world.noise, plan.noise_methods, NOISE_PAIRS, "labels flipped")]
+        parts += [sweep_table(world.gamma, plan.gamma_methods, GAMMA_PAIRS, "gamma"), pushed_table(world)]
     parts += ["## Collapses", collapse_list(worlds), "## Settings", settings_table(plan)]
     write_text(plan.page, "\n\n".join(parts) + "\n")
     print(f"page: {plan.page}")

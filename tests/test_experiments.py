@@ -195,6 +195,10 @@ def test_the_page_is_written_from_the_rows_alone(tmp_path):
     line = next(line for line in text.splitlines() if line.startswith("| mpo - dpo-all-long "))
     assert float(line.split("|")[2].split()[0]) == pytest.approx(0.4, abs=0.03)
     assert line.split("|")[3].strip() == "holds"
+    sweeps = text[text.index("## Sweeps, hh") :]
+    along = next(line for line in sweeps.splitlines() if line.startswith("| mpo - dpo-all-long "))
+    assert along.split("|")[2].strip() == line.split("|")[2].strip()  # without noise, the main grid's
+    assert along.split("|")[3].strip() == "-"
     assert "1. MPO beats its parts" in text
     assert "not run" in text  # what has no rows is said to be so
     assert "| dpo    | lr 1e-4 |" in text
