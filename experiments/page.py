@@ -35,7 +35,7 @@ from mpo.errors import InputError
 from mpo.files import read_json, write_text
 from mpo.reporting import interval, percent, table
 
-NOISE_PAIRS = [("mpo", "dpo-all-long"), ("mpo", "ppo-long")]  # shown along the sweeps
+NOISE_PAIRS = [("mpo", "dpo-all-long"), ("mpo", "ppo-long"), ("dpo", "dpo-all-long")]  # shown along the sweeps
 GAMMA_PAIRS = [("mpo", "dpo")]
 UNITS = dict.fromkeys((*FIRST_STAGE, "dpo-long", "dpo-all-long", "ppo-long"), 2) | {"sft": 0}
 
@@ -114,7 +114,8 @@ def sweep_table(
     """Gold along a sweep, a line a method; then the paired differences of some."""
     golds = [{m: column(grid.get(m, []), "golds") for m in methods} for grid in grids.values()]
     lines = {m: [found[m] for found in golds] for m in methods}
-    lines |= {" - ".join(p): [difference(*(found[m] for m in p)) for found in golds] for p in pairs}
+    there = [p for p in pairs if set(p) <= set(methods)]
+    lines |= {" - ".join(p): [difference(*(found[m] for m in p)) for found in golds] for p in there}
     cells = {k: [interval(hierarchical_bootstrap(v)) if v else "-" for v in line] for k, line in lines.items()}
     return table([name, *grids], [[title, *line] for title, line in cells.items()])
 
