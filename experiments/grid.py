@@ -130,7 +130,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     flags["policies"] = ",".join(f"{name}={path}" for name, path in policies.items())
     _call([sys.executable, "eval.py", *(part for k, v in flags.items() for part in (f"--{k}", v))], log)
     key = {"grid": cell.grid, "task": cell.task, "seed": cell.seed, "variant": cell.variant}
-    return key | row_of(ROOT / evaluated, cell.policy, folder) | {"settings": cell.settings}
+    knows = {"rm": reward_model(ROOT / cell.run / "rm"), "settings": cell.settings}
+    return key | row_of(ROOT / evaluated, cell.policy, folder) | knows
 
 
 def make(cell: Cell, targets: str, log: Path) -> None:
@@ -165,6 +166,17 @@ def row_of(evaluated: Path, policy: str, folder: Path) -> dict[str, Any]:
         "commit": commit(),
         "machine": machine(),
     }
+
+
+def reward_model(folder: Path) -> dict[str, Any]:
+    """What a reward model knows: its accuracy on held-out labels, and for each mistake of the probe sheet the share of
+    right answers that it puts above the spoilt ones (docs/world.md)."""
+    held_out = read_json(folder / "manifest.json")["results"]["held_out"]
+    probe: dict[str, list[float]] = {}
+    for cell in read_json(folder / "probe.json"):
+        probe.setdefault(cell["mistake"], []).append(cell["right_above"])
+    shares = {mistake: round(sum(found) / len(found), 3) for mistake, found in sorted(probe.items())}
+    return {"accuracy": round(held_out["accuracy"][0], 4), "probe": shares}
 
 
 def _call(command: Iterable[str], log: Path) -> None:

@@ -62,6 +62,12 @@ class World:
             before = [(0.0, next(r[name] for r in self.main["sft"] if r["seed"] == seed))]
         return path(row, before, name)
 
+    def reward_models(self) -> dict[str, dict[int, Row]]:
+        """noise -> seed -> what the reward model knew (experiments/grid.py), where a row says so."""
+        grids = {"0": list(self.gamma.values())} | {n: [grid] for n, grid in self.noise.items() if n != "0"}
+        rows = {n: [r for grid in found for of in grid.values() for r in of] for n, found in grids.items()}
+        return {n: {r["seed"]: r["rm"] for r in found if "rm" in r} for n, found in rows.items()}
+
     def seeds(self, *methods: str, pushed: bool = False) -> list[int]:
         """Seeds on which all these methods, and what they start from, are finished."""
         needed = {"sft", *(FIRST_STAGE[m] for m in methods if m in FIRST_STAGE)} | (set() if pushed else set(methods))

@@ -5,6 +5,7 @@ No number is typed by hand: prose that interprets a result stands in experiments
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from mpo.reporting import interval, percent, table
 
 NOISE_PAIRS = [("mpo", "dpo-all-long"), ("mpo", "ppo-long"), ("dpo", "dpo-all-long")]  # shown along the sweeps
 GAMMA_PAIRS = [("mpo", "dpo")]
+BLIND = 0.75  # a mistake that a reward model misses: fewer right answers than this above the spoilt ones
 UNITS = dict.fromkeys((*FIRST_STAGE, "dpo-long", "dpo-all-long", "ppo-long"), 2) | {"sft": 0}
 
 
@@ -118,6 +120,21 @@ def sweep_table(
     lines |= {" - ".join(p): [difference(*(found[m] for m in p)) for found in golds] for p in there}
     cells = {k: [interval(hierarchical_bootstrap(v)) if v else "-" for v in line] for k, line in lines.items()}
     return table([name, *grids], [[title, *line] for title, line in cells.items()])
+
+
+def reward_models_table(world: World) -> str:
+    """Along the noise: how often the reward model of each seed is right, and what it does not see."""
+    lines = []
+    for noise, models in world.reward_models().items():
+        right = " ".join(f"{100 * rm['accuracy']:.0f}" for _, rm in sorted(models.items()))
+        missed = Counter(name for rm in models.values() for name, share in rm["probe"].items() if share < BLIND)
+        blind = ", ".join(
+            f"{name} {count}" for name, count in sorted(missed.items(), key=lambda item: (-item[1], item))
+        )
+        lines.append([noise, right, blind or "-"])
+    return table(
+        ["labels flipped", "right on held-out labels, %, by seed", "mistakes missed, on how many seeds"], lines
+    )
 
 
 def pushed_table(world: World) -> str:
@@ -254,6 +271,7 @@ def write(plan: Plan) -> None:
     for world in worlds:
         parts += [f"## Sweeps, {world.task}"]
         parts += [sweep_table(world.noise, plan.noise_methods, NOISE_PAIRS, "labels flipped")]
+        parts += [reward_models_table(world)]
         parts += [sweep_table(world.gamma, plan.gamma_methods, GAMMA_PAIRS, "gamma"), pushed_table(world)]
     parts += ["## Collapses", collapse_list(worlds), "## Settings", settings_table(plan)]
     write_text(plan.page, "\n\n".join(parts) + "\n")

@@ -73,6 +73,13 @@ def test_a_row_made_with_other_flags_is_not_taken_for_this_cell(tmp_path, traine
         run_cells([cell("dpo", DPO_FLAGS="--steps 4")], results, 1)
 
 
+def test_a_row_says_what_its_reward_model_knew(tmp_path):
+    write_json(tmp_path / "manifest.json", {"results": {"held_out": {"accuracy": [0.71, 0.69, 0.73]}}})
+    found = [("work", "rude", 1.0), ("home", "rude", 0.5), ("work", "repeat", 0.25)]
+    write_json(tmp_path / "probe.json", [{"kind": k, "mistake": m, "right_above": share} for k, m, share in found])
+    assert grid.reward_model(tmp_path) == {"accuracy": 0.71, "probe": {"repeat": 0.25, "rude": 0.75}}
+
+
 # --- the plan -------------------------------------------------------------------------------------
 
 
@@ -189,6 +196,10 @@ def test_the_page_is_written_from_the_rows_alone(tmp_path):
     rng = np.random.default_rng(0)
     rows = [row(m, s, g + rng.normal(0, 0.01), kl=i) for s in (11, 12) for i, (m, g) in enumerate(golds.items())]
     (tmp_path / "main.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rude = {"rude": 0.5, "repeat": 0.9}
+    knows = {11: {"accuracy": 0.7, "probe": rude}, 12: {"accuracy": 0.6, "probe": rude}}
+    noisy = [row("sft", s, 0.5) | {"grid": "noise", "variant": "0.3", "rm": knows[s]} for s in (12, 11)]
+    (tmp_path / "noise.jsonl").write_text("".join(json.dumps(r) + "\n" for r in noisy))
     write_json(plan.settings, {"hh": {"dpo": "--lr 1e-4"}})
     page.write(plan)
     text = plan.page.read_text()
@@ -199,6 +210,7 @@ def test_the_page_is_written_from_the_rows_alone(tmp_path):
     along = next(line for line in sweeps.splitlines() if line.startswith("| mpo - dpo-all-long "))
     assert along.split("|")[2].strip() == line.split("|")[2].strip()  # without noise, the main grid's
     assert along.split("|")[3].strip() == "-"
+    assert re.search(r"^\| 0.3 +\| 70 60 +\| rude 2 +\|$", sweeps, re.M)
     assert "1. MPO beats its parts" in text
     assert "not run" in text  # what has no rows is said to be so
     assert "| dpo    | lr 1e-4 |" in text
