@@ -1,7 +1,7 @@
 """make claims: run what is missing of the grids, then write docs/results.md from the result files.
 
 python -m experiments.claims                    everything, from where it stopped
-python -m experiments.claims --grids main,page  only these: tune, main, noise, gamma, pushed, page
+python -m experiments.claims --grids main,page  only these: tune, main, noise, price, gamma, pushed, page
 python -m experiments.claims --reduced true     the same in minutes, with numbers that mean nothing
 """
 
@@ -22,7 +22,7 @@ from mpo.errors import InputError
 from mpo.files import read_json, write_json
 from mpo.program import run_plain
 
-GRIDS = ("tune", "main", "noise", "gamma", "pushed", "page")
+GRIDS = ("tune", "main", "noise", "price", "gamma", "pushed", "page")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,11 @@ def grid_cells(plan: Plan, grid: str) -> list[Cell]:
             for noise, method in product(plan.noise, plan.noise_methods):
                 run, flags = f"{plan.root}/noise/{task}-{seed}-{noise}", {"DATA_FLAGS": f"--noise {noise}"}
                 add(task, seed, f"{noise}", method, run, "", flags)
+        elif grid == "price":
+            noisy, flags = max(plan.noise), {"mpo_FLAGS": f"{tuned[task]['mpo']} {plan.price}"}
+            flags |= {"DATA_FLAGS": f"--noise {noisy}"}
+            run, source = f"{plan.root}/price/{task}-{seed}", f"{plan.root}/noise/{task}-{seed}-{noisy}"
+            add(task, seed, "", "mpo", run, source, flags)
         elif grid == "gamma":
             for gamma, method in product(plan.gammas, plan.gamma_methods):
                 run, flags = f"{plan.root}/gamma/{task}-{seed}-{gamma}", {"SPLIT_FLAGS": f"--gamma {gamma}"}

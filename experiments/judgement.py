@@ -47,6 +47,12 @@ class World:
     noise: dict[str, dict[str, list[Row]]]  # noise -> method -> rows; "0" is the main grid
     gamma: dict[str, dict[str, list[Row]]]
     pushed: dict[str, list[Row]]
+    price: dict[str, list[Row]]  # mpo at the most noise, at a higher price of KL
+
+    @property
+    def noisiest(self) -> dict[str, list[Row]]:
+        """The rows at the most noise, by method."""
+        return self.noise[max(self.noise, key=float)]
 
     def golds(self, method: str) -> Values:
         """Gold by seed and prompt."""
@@ -87,11 +93,14 @@ def by_method(rows: Sequence[Row], task: str, variant: str = "") -> dict[str, li
 
 def read_world(plan: Plan, task: str) -> World:
     """Everything the result files hold of one world."""
-    rows = {grid: read_results(plan.results / f"{grid}.jsonl") for grid in ("main", "noise", "gamma", "pushed")}
+    rows = {
+        grid: read_results(plan.results / f"{grid}.jsonl") for grid in ("main", "noise", "gamma", "pushed", "price")
+    }
     main = by_method(rows["main"], task)
     noise = {"0": main} | {f"{n}": by_method(rows["noise"], task, f"{n}") for n in plan.noise}
     gamma = {"q0.5": main} | {g: by_method(rows["gamma"], task, g) for g in plan.gammas}
-    return World(task, main, noise, dict(sorted(gamma.items())), by_method(rows["pushed"], task))
+    pushed, price = (by_method(rows[grid], task) for grid in ("pushed", "price"))
+    return World(task, main, noise, dict(sorted(gamma.items())), pushed, price)
 
 
 # --- contrasts ------------------------------------------------------------------------------------

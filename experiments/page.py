@@ -154,9 +154,8 @@ def pushed_table(world: World) -> str:
 
 def provenance(plan: Plan) -> str:
     """Which machine, which commits, how many cells, how long."""
-    files = {
-        grid: read_results(plan.results / f"{grid}.jsonl") for grid in ("tune", "main", "noise", "gamma", "pushed")
-    }
+    grids = ("tune", "main", "noise", "price", "gamma", "pushed")
+    files = {grid: read_results(plan.results / f"{grid}.jsonl") for grid in grids}
     rows = [r for found in files.values() for r in found]
     cells = ", ".join(f"{grid} {len(found)}" for grid, found in files.items())
     hours = sum(r["seconds"] for r in rows) / 3600
@@ -183,6 +182,7 @@ def collapse_list(worlds: Sequence[World]) -> str:
     for w in worlds:
         grids = {"main": w.main, "pushed": w.pushed}
         grids |= {f"noise {k}": g for k, g in w.noise.items() if k != "0"}
+        grids |= {"price": {"sft": w.noisiest.get("sft", []), **w.price}} if w.price else {}
         grids |= {f"gamma {k}": g for k, g in w.gamma.items() if k != "q0.5"}
         for name, methods in grids.items():
             sft = methods.get("sft", w.main.get("sft", []))
@@ -270,7 +270,8 @@ def write(plan: Plan) -> None:
     parts += [claim_section(worlds, plan, claim) for claim in CLAIMS]
     for world in worlds:
         parts += [f"## Sweeps, {world.task}"]
-        parts += [sweep_table(world.noise, plan.noise_methods, NOISE_PAIRS, "labels flipped")]
+        priced = {f"{max(plan.noise)}, mpo {plan.price}": world.noisiest | world.price} if world.price else {}
+        parts += [sweep_table(world.noise | priced, plan.noise_methods, NOISE_PAIRS, "labels flipped")]
         parts += [reward_models_table(world)]
         parts += [sweep_table(world.gamma, plan.gamma_methods, GAMMA_PAIRS, "gamma"), pushed_table(world)]
     parts += ["## Collapses", collapse_list(worlds), "## Settings", settings_table(plan)]

@@ -52,6 +52,7 @@ class Plan:
     variables: Mapping[str, str] = field(default_factory=dict)  # make's, for every cell
     noise: tuple[float, ...] = (0.15, 0.3)
     noise_methods: tuple[str, ...] = ("sft", "dpo", "dpo-all-long", "ppo-long", "mpo")
+    price: str = "--kl_coef 0.2"  # of mpo once more at the most noise: four times the price that the tuning chose
     gammas: tuple[str, ...] = ("q0.25", "q0.75", "q0.9")
     gamma_methods: tuple[str, ...] = ("dpo", "mpo")
     pushed_long: int = 2  # units of the pushed stages

@@ -111,8 +111,9 @@ def test_every_method_has_its_edge_and_its_flags():
 def test_the_full_grid_has_every_cell_once(tmp_path):
     plan = replace(FULL, results=tmp_path)
     write_json(plan.settings, {task: dict.fromkeys(TUNED, "--lr 1") for task in plan.tasks})
-    sizes = {g: claims.grid_cells(plan, g) for g in ("main", "noise", "gamma", "pushed")}
-    assert {g: len(c) for g, c in sizes.items()} == {"main": 190 + 10, "noise": 100, "gamma": 60, "pushed": 40}
+    sizes = {g: claims.grid_cells(plan, g) for g in ("main", "noise", "price", "gamma", "pushed")}
+    expected = {"main": 190 + 10, "noise": 100, "price": 10, "gamma": 60, "pushed": 40}
+    assert {g: len(c) for g, c in sizes.items()} == expected
     for cells in sizes.values():
         assert len({c.key for c in cells}) == len(cells)
         assert len({(c.run, c.policy) for c in cells}) == len(cells)
@@ -156,7 +157,7 @@ def test_a_claim_holds_fails_or_is_neither():
 
 def world(**methods) -> World:
     main = {name.replace("_", "-"): rows for name, rows in methods.items()}
-    return World("hh", main, {"0": main}, {"q0.5": main}, {})
+    return World("hh", main, {"0": main}, {"q0.5": main}, {}, {})
 
 
 def test_paths_run_through_the_first_stage():
@@ -179,7 +180,7 @@ def test_only_seeds_that_both_have_are_compared():
 def test_noise_is_judged_by_the_difference_of_losses():
     clean = {"mpo": [row("mpo", 1, 3.0)], "ppo-long": [row("ppo-long", 1, 2.0)]}
     noisy = {"mpo": [row("mpo", 1, 2.5)], "ppo-long": [row("ppo-long", 1, 1.0)]}
-    w = World("hh", clean, {"0": clean, "0.3": noisy}, {}, {})
+    w = World("hh", clean, {"0": clean, "0.3": noisy}, {}, {}, {})
     assert judgement.noise_contrast(w, "ppo-long", "0.3").interval[0] == pytest.approx(0.5)  # 1.0 - 0.5
 
 
@@ -200,6 +201,8 @@ def test_the_page_is_written_from_the_rows_alone(tmp_path):
     knows = {11: {"accuracy": 0.7, "probe": rude}, 12: {"accuracy": 0.6, "probe": rude}}
     noisy = [row("sft", s, 0.5) | {"grid": "noise", "variant": "0.3", "rm": knows[s]} for s in (12, 11)]
     (tmp_path / "noise.jsonl").write_text("".join(json.dumps(r) + "\n" for r in noisy))
+    priced = [row("mpo", s, 0.4) | {"grid": "price"} for s in (11, 12)]
+    (tmp_path / "price.jsonl").write_text("".join(json.dumps(r) + "\n" for r in priced))
     write_json(plan.settings, {"hh": {"dpo": "--lr 1e-4"}})
     page.write(plan)
     text = plan.page.read_text()
@@ -210,6 +213,8 @@ def test_the_page_is_written_from_the_rows_alone(tmp_path):
     along = next(line for line in sweeps.splitlines() if line.startswith("| mpo - dpo-all-long "))
     assert along.split("|")[2].strip() == line.split("|")[2].strip()  # without noise, the main grid's
     assert along.split("|")[3].strip() == "-"
+    assert re.search(r"^\| mpo +\| 2.5\S+ .*\| - +\| 0.40 \[.*\|$", sweeps, re.M)  # none at 0.3 but the priced one
+    assert re.search(r"\| price +\| mpo +\| 11 +\| gold 0.40 below SFT's 0.50", text)
     assert re.search(r"^\| 0.3 +\| 70 60 +\| rude 2 +\|$", sweeps, re.M)
     assert "1. MPO beats its parts" in text
     assert "not run" in text  # what has no rows is said to be so
