@@ -169,14 +169,18 @@ def row_of(evaluated: Path, policy: str, folder: Path) -> dict[str, Any]:
 
 
 def reward_model(folder: Path) -> dict[str, Any]:
-    """What a reward model knows: its accuracy on held-out labels, and for each mistake of the probe sheet the share of
-    right answers that it puts above the spoilt ones (docs/world.md)."""
-    held_out = read_json(folder / "manifest.json")["results"]["held_out"]
+    """What a reward model knows.
+
+    Its accuracy on held-out labels; the spread of its scores over SFT references, in log-odds (PPO sees scores in units
+    of it); for each mistake of the probe sheet the share of right answers above the spoilt ones (docs/world.md).
+    """
+    results = read_json(folder / "manifest.json")["results"]
+    accuracy, spread = results["held_out"]["accuracy"][0], results["sft_reference_std"]
     probe: dict[str, list[float]] = {}
     for cell in read_json(folder / "probe.json"):
         probe.setdefault(cell["mistake"], []).append(cell["right_above"])
     shares = {mistake: round(sum(found) / len(found), 3) for mistake, found in sorted(probe.items())}
-    return {"accuracy": round(held_out["accuracy"][0], 4), "probe": shares}
+    return {"accuracy": round(accuracy, 4), "spread": round(spread, 3), "probe": shares}
 
 
 def _call(command: Iterable[str], log: Path) -> None:

@@ -123,18 +123,21 @@ def sweep_table(
 
 
 def reward_models_table(world: World) -> str:
-    """Along the noise: how often the reward model of each seed is right, and what it does not see."""
+    """Along the noise, the reward model of each seed: how often it is right, and what it does not see."""
     lines = []
-    for noise, models in world.reward_models().items():
-        right = " ".join(f"{100 * rm['accuracy']:.0f}" for _, rm in sorted(models.items()))
-        missed = Counter(name for rm in models.values() for name, share in rm["probe"].items() if share < BLIND)
-        blind = ", ".join(
-            f"{name} {count}" for name, count in sorted(missed.items(), key=lambda item: (-item[1], item))
+    for noise, by_seed in world.reward_models().items():
+        models = [rm for _, rm in sorted(by_seed.items())]
+        missed = Counter(name for rm in models for name, share in rm["probe"].items() if share < BLIND)
+        lines.append(
+            [
+                noise,
+                " ".join(f"{100 * rm['accuracy']:.0f}" for rm in models),
+                " ".join(f"{rm['spread']:.1f}" for rm in models),
+                ", ".join(f"{name} {count}" for name, count in missed.most_common()) or "-",
+            ]
         )
-        lines.append([noise, right, blind or "-"])
-    return table(
-        ["labels flipped", "right on held-out labels, %, by seed", "mistakes missed, on how many seeds"], lines
-    )
+    header = ["labels flipped", "RM right, %, by seed", "spread of its scores", "mistakes it misses, on how many seeds"]
+    return table(header, lines)
 
 
 def pushed_table(world: World) -> str:

@@ -74,10 +74,13 @@ def test_a_row_made_with_other_flags_is_not_taken_for_this_cell(tmp_path, traine
 
 
 def test_a_row_says_what_its_reward_model_knew(tmp_path):
-    write_json(tmp_path / "manifest.json", {"results": {"held_out": {"accuracy": [0.71, 0.69, 0.73]}}})
+    write_json(
+        tmp_path / "manifest.json",
+        {"results": {"held_out": {"accuracy": [0.71, 0.69, 0.73]}, "sft_reference_std": 0.5}},
+    )
     found = [("work", "rude", 1.0), ("home", "rude", 0.5), ("work", "repeat", 0.25)]
     write_json(tmp_path / "probe.json", [{"kind": k, "mistake": m, "right_above": share} for k, m, share in found])
-    assert grid.reward_model(tmp_path) == {"accuracy": 0.71, "probe": {"repeat": 0.25, "rude": 0.75}}
+    assert grid.reward_model(tmp_path) == {"accuracy": 0.71, "spread": 0.5, "probe": {"repeat": 0.25, "rude": 0.75}}
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ def test_the_page_is_written_from_the_rows_alone(tmp_path):
     rows = [row(m, s, g + rng.normal(0, 0.01), kl=i) for s in (11, 12) for i, (m, g) in enumerate(golds.items())]
     (tmp_path / "main.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     rude = {"rude": 0.5, "repeat": 0.9}
-    knows = {11: {"accuracy": 0.7, "probe": rude}, 12: {"accuracy": 0.6, "probe": rude}}
+    knows = {11: {"accuracy": 0.7, "spread": 1.3, "probe": rude}, 12: {"accuracy": 0.6, "spread": 0.4, "probe": rude}}
     noisy = [row("sft", s, 0.5) | {"grid": "noise", "variant": "0.3", "rm": knows[s]} for s in (12, 11)]
     (tmp_path / "noise.jsonl").write_text("".join(json.dumps(r) + "\n" for r in noisy))
     priced = [row("mpo", s, 0.4) | {"grid": "price"} for s in (11, 12)]
@@ -215,7 +218,7 @@ def test_the_page_is_written_from_the_rows_alone(tmp_path):
     assert along.split("|")[3].strip() == "-"
     assert re.search(r"^\| mpo +\| 2.5\S+ .*\| - +\| 0.40 \[.*\|$", sweeps, re.M)  # none at 0.3 but the priced one
     assert re.search(r"\| price +\| mpo +\| 11 +\| gold 0.40 below SFT's 0.50", text)
-    assert re.search(r"^\| 0.3 +\| 70 60 +\| rude 2 +\|$", sweeps, re.M)
+    assert re.search(r"^\| 0.3 +\| 70 60 +\| 1.3 0.4 +\| rude 2 +\|$", sweeps, re.M)
     assert "1. MPO beats its parts" in text
     assert "not run" in text  # what has no rows is said to be so
     assert "| dpo    | lr 1e-4 |" in text
