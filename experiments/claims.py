@@ -16,20 +16,20 @@ from itertools import groupby, product
 
 from experiments import page
 from experiments.grid import ROOT, Cell, make, read_results, run_cells
-from experiments.plan import FIRST_STAGE, FULL, REDUCED, TRIALS, TUNED, Plan
+from experiments.plan import FIRST_STAGE, FULL, GRIDS, REDUCED, TRIALS, TUNED, Plan
 from mpo.config import parse
 from mpo.errors import InputError
 from mpo.files import read_json, write_json
 from mpo.program import run_plain
 
-GRIDS = ("tune", "main", "noise", "price", "gamma", "pushed", "page")
+STEPS = (*GRIDS, "page")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimsConfig:
     """Put the paper's claims to the test: tuning, main grid, sweeps, page."""
 
-    grids: str = ",".join(GRIDS)  # which of them, separated by commas
+    grids: str = ",".join(STEPS)  # which of them, separated by commas
     reduced: bool = False  # the smallest size at which everything runs
     jobs: int = 0  # runs at a time; 0: one a core
 
@@ -107,12 +107,12 @@ def grid_cells(plan: Plan, grid: str) -> list[Cell]:
 def main(config: ClaimsConfig) -> int:
     """Run the named grids in order; returns how many cells failed."""
     named = [g.strip() for g in config.grids.split(",")]
-    if unknown := set(named) - set(GRIDS):
-        raise InputError(f"--grids {config.grids}: {sorted(unknown)[0]!r} is not one of {', '.join(GRIDS)}")
+    if unknown := set(named) - set(STEPS):
+        raise InputError(f"--grids {config.grids}: {sorted(unknown)[0]!r} is not one of {', '.join(STEPS)}")
     plan = REDUCED if config.reduced else FULL
     jobs = config.jobs or os.cpu_count() or 1
     failed = 0
-    for grid in (g for g in GRIDS if g in named):
+    for grid in (g for g in STEPS if g in named):
         if grid == "tune":
             failed += tune(plan, jobs)
         elif grid == "page":

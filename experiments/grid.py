@@ -130,8 +130,8 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     flags["policies"] = ",".join(f"{name}={path}" for name, path in policies.items())
     _call([sys.executable, "eval.py", *(part for k, v in flags.items() for part in (f"--{k}", v))], log)
     key = {"grid": cell.grid, "task": cell.task, "seed": cell.seed, "variant": cell.variant}
-    knows = {"rm": reward_model(ROOT / cell.run / "rm"), "settings": cell.settings}
-    return key | row_of(ROOT / evaluated, cell.policy, folder) | knows
+    row = key | row_of(ROOT / evaluated, cell.policy, folder)
+    return row | {"rm": reward_model(ROOT / cell.run / "rm"), "settings": cell.settings}
 
 
 def make(cell: Cell, targets: str, log: Path) -> None:

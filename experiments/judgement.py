@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from experiments.grid import read_results
-from experiments.plan import FIRST_STAGE, Plan
+from experiments.plan import FIRST_STAGE, GRIDS, Plan
 from experiments.statistics import Contrast, Values, at_kl, column, contrast, difference, path
 
 Row = Mapping[str, Any]
@@ -69,7 +69,10 @@ class World:
         return path(row, before, name)
 
     def reward_models(self) -> dict[str, dict[int, Row]]:
-        """noise -> seed -> what the reward model knew (experiments/grid.py), where a row says so."""
+        """noise -> seed -> what the reward model knew (experiments/grid.py), where a row says so.
+
+        Without noise the rows of the gamma sweep do, whose reward models are those of the same seeds.
+        """
         grids = {"0": list(self.gamma.values())} | {n: [grid] for n, grid in self.noise.items() if n != "0"}
         rows = {n: [r for grid in found for of in grid.values() for r in of] for n, found in grids.items()}
         return {n: {r["seed"]: r["rm"] for r in found if "rm" in r} for n, found in rows.items()}
@@ -93,9 +96,7 @@ def by_method(rows: Sequence[Row], task: str, variant: str = "") -> dict[str, li
 
 def read_world(plan: Plan, task: str) -> World:
     """Everything the result files hold of one world."""
-    rows = {
-        grid: read_results(plan.results / f"{grid}.jsonl") for grid in ("main", "noise", "gamma", "pushed", "price")
-    }
+    rows = {grid: read_results(plan.results / f"{grid}.jsonl") for grid in GRIDS}
     main = by_method(rows["main"], task)
     noise = {"0": main} | {f"{n}": by_method(rows["noise"], task, f"{n}") for n in plan.noise}
     gamma = {"q0.5": main} | {g: by_method(rows["gamma"], task, g) for g in plan.gammas}

@@ -30,7 +30,7 @@ from experiments.judgement import (
     read_world,
     verdict,
 )
-from experiments.plan import FIRST_STAGE, Plan
+from experiments.plan import FIRST_STAGE, GRIDS, Plan
 from experiments.statistics import Contrast, column, difference, hierarchical_bootstrap, win
 from mpo.errors import InputError
 from mpo.files import read_json, write_text
@@ -157,8 +157,7 @@ def pushed_table(world: World) -> str:
 
 def provenance(plan: Plan) -> str:
     """Which machine, which commits, how many cells, how long."""
-    grids = ("tune", "main", "noise", "price", "gamma", "pushed")
-    files = {grid: read_results(plan.results / f"{grid}.jsonl") for grid in grids}
+    files = {grid: read_results(plan.results / f"{grid}.jsonl") for grid in GRIDS}
     rows = [r for found in files.values() for r in found]
     cells = ", ".join(f"{grid} {len(found)}" for grid, found in files.items())
     hours = sum(r["seconds"] for r in rows) / 3600

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from experiments.grid import ROOT
 
+GRIDS = ("tune", "main", "noise", "price", "gamma", "pushed")  # a results file each
+
 TRIALS = {
     "dpo": [f"--lr {lr} --beta {beta}" for lr, beta in ((5e-5, 0.5), (1e-4, 0.5), (1e-4, 0.2))],
     "ppo": [f"--lr {lr} --kl_coef {kl}" for lr, kl in ((1e-4, 0.05), (2e-4, 0.05), (2e-4, 0.02))],
