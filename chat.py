@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from mpo import device
-from mpo.checkpoint import load_model
 from mpo.config import ChatConfig
 from mpo.data.batches import fit_prompt
 from mpo.data.hh import ASSISTANT, HUMAN
 from mpo.data.tldr import prompt_text
-from mpo.program import run
-from mpo.randomness import generator
-from mpo.sampling import Sampling, generate
-from mpo.tokenizer import load_tokenizer
+from mpo.data.tokenizer import load_tokenizer
+from mpo.model.checkpoint import load_model
+from mpo.model.generate import Sampling, generate
+from mpo.runtime import device
+from mpo.runtime.entry import run
+from mpo.runtime.seeding import generator
 
 
 def main(config: ChatConfig) -> None:

@@ -9,23 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo import evaluation, reporting
-from mpo.checkpoint import load_model, load_scalar
+from mpo import evaluation
 from mpo.config import EvalConfig
 from mpo.data.batches import Pair, encode, make_batch
 from mpo.data.rows import read_rows
-from mpo.errors import InputError
-from mpo.files import write_json, write_text
-from mpo.logprobs import compare
-from mpo.model import Llama, ScalarModel
-from mpo.program import run
-from mpo.progress import progress
-from mpo.randomness import generator
-from mpo.sampling import Sampling, generate
-from mpo.scoring import each_batch, score
-from mpo.stage import Stage, read_manifest
-from mpo.tokenizer import Tokenizer, load_tokenizer
-from mpo.training import setup_torch
+from mpo.data.tokenizer import Tokenizer, load_tokenizer
+from mpo.model.checkpoint import load_model, load_scalar
+from mpo.model.generate import Sampling, generate
+from mpo.model.llama import Llama, ScalarModel
+from mpo.model.logprobs import compare
+from mpo.model.scoring import each_batch, score
+from mpo.runtime.entry import run
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import write_json, write_text
+from mpo.runtime.progress import progress
+from mpo.runtime.seeding import generator
+from mpo.runtime.setup import setup_torch
+from mpo.runtime.stage import Stage, read_manifest
+from mpo.runtime.tables import interval
+from mpo.tools import memory
+from mpo.tools.report import make_report, write_responses
 from mpo.world import gold
 
 
@@ -51,7 +54,7 @@ def sample(
 ) -> list[dict[str, Any]]:
     """One response per prompt with all that is measured on it; the same draws for every policy."""
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
-    found = []
+    rows = []
 
     def look(sequences: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         batch = make_batch(sequences)
@@ -67,7 +70,7 @@ def sample(
         rewards, kl = each_batch(sequences, config.batch, "measure", look).T
         for i, pair in enumerate(part):
             text = tokenizer.decode(samples.responses[i])
-            found.append(
+            rows.append(
                 {
                     "id": pair.row.id,
                     "domain": pair.row.domain,
@@ -81,7 +84,7 @@ def sample(
                     "finished": samples.finished[i],
                 }
             )
-    return found
+    return rows
 
 
 def dataset_responses(rm: ScalarModel, tokenizer: Tokenizer, pairs: Sequence[Pair], batch: int) -> list[dict[str, Any]]:
@@ -120,31 +123,36 @@ def summary(
     def column(name: str, rows: list[dict[str, Any]] = ours) -> list[float]:
         return [row[name] for row in rows if row.get(name) is not None]
 
-    found: dict[str, Any] = {"reward": evaluation.bootstrap(column("reward"), seed)}
+    row: dict[str, Any] = {"reward": evaluation.bootstrap(column("reward"), seed)}
     for judge in ("gold", "reward"):
         if judge not in ours[0]:
             continue
         for name, others in (("sft", baseline), ("chosen", chosen)):
             won = evaluation.wins(column(judge), column(judge, others))
-            found[f"{judge}_win_{name}"] = evaluation.bootstrap(won, seed)
-            found[f"{judge}_win_{name}_length_controlled"] = evaluation.length_controlled(
+            row[f"{judge}_win_{name}"] = evaluation.bootstrap(won, seed)
+            row[f"{judge}_win_{name}_length_controlled"] = evaluation.length_controlled(
                 won, column("words"), column("words", others)
             )
     if "gold" in ours[0]:
-        found["gold"] = evaluation.bootstrap(column("gold"), seed)
-        found["share_of_best"] = found["gold"][0] / gold.BEST
-        found["refusals_benign"] = sum(column("refused_benign")) / max(1, len(column("refused_benign")))
+        row["gold"] = evaluation.bootstrap(column("gold"), seed)
+        row["share_of_best"] = row["gold"][0] / gold.BEST
+        row["refusals_benign"] = sum(column("refused_benign")) / max(1, len(column("refused_benign")))
     for domain in sorted({row["domain"] for row in ours}):
         inside = [row for row in ours if row["domain"] == domain]
         key = "gold" if "gold" in ours[0] else "reward"
-        found[f"{key}/{domain}"] = sum(row[key] for row in inside) / len(inside)
+        row[f"{key}/{domain}"] = sum(row[key] for row in inside) / len(inside)
     if "kl" in ours[0]:
-        found["kl"] = evaluation.bootstrap(column("kl"), seed)
-    found["words"] = sum(column("words")) / len(ours)
-    found["eos_rate"] = sum(column("finished")) / len(ours)
+        row["kl"] = evaluation.bootstrap(column("kl"), seed)
+    row["words"] = sum(column("words")) / len(ours)
+    row["eos_rate"] = sum(column("finished")) / len(ours)
     for n in (1, 2):
-        found[f"distinct_{n}"] = evaluation.distinct([row["ids"] for row in ours], n)
-    return found
+        row[f"distinct_{n}"] = evaluation.distinct([row["ids"] for row in ours], n)
+    return row
+
+
+def check(config: EvalConfig) -> None:
+    """Refuse flags that contradict each other."""
+    policies(config.policies)
 
 
 def main(config: EvalConfig) -> None:
@@ -164,20 +172,20 @@ def main(config: EvalConfig) -> None:
     responses = {name: sample(name, load_model(f), base, rm, tokenizer, pairs, config) for name, f in folders.items()}
     responses["chosen"] = dataset_responses(rm, tokenizer, pairs, config.batch)
     if read_manifest(Path(config.data) / "manifest.json")["results"].get("source") == "builtin":
-        for found in responses.values():
-            add_gold(found)
+        for answered in responses.values():
+            add_gold(answered)
     baseline, chosen = next(iter(responses.values())), responses["chosen"]
-    table = {name: summary(found, baseline, chosen, config.seed) for name, found in responses.items()}
-    for name, found in responses.items():
-        reporting.write_responses(stage.out / f"responses-{name}.jsonl", found)
+    table = {name: summary(answered, baseline, chosen, config.seed) for name, answered in responses.items()}
+    for name, answered in responses.items():
+        write_responses(stage.out / f"responses-{name}.jsonl", answered)
     write_json(stage.out / "results.json", {"prompts": len(pairs), "policies": table})
-    report = reporting.report(config, table, responses, counts)
+    report = make_report(config, table, responses, counts)
     write_text(stage.out / "report.md", report.markdown)
     write_text(stage.out / "report.txt", report.terminal)
     for name, row in table.items():
-        print(f"eval: {name}: " + " ".join(f"{k} {reporting.interval(row[k])}" for k in ("gold", "reward") if k in row))
+        print(f"eval: {name}: " + " ".join(f"{k} {interval(row[k])}" for k in ("gold", "reward") if k in row))
     stage.finish(prompts=len(pairs), rows=counts, policies=table)
 
 
 if __name__ == "__main__":
-    run(main, EvalConfig)
+    run(main, EvalConfig, check, memory.show)

@@ -9,10 +9,10 @@ from pathlib import Path
 from mpo.config import DataConfig
 from mpo.data import hh, tldr
 from mpo.data.rows import Row, read_rows, write_rows
-from mpo.errors import InputError
-from mpo.files import write_text
-from mpo.program import run
-from mpo.stage import Stage
+from mpo.runtime.entry import run
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import write_text
+from mpo.runtime.stage import Stage
 from mpo.world.build import build, flip_labels, probe_sheet
 
 
@@ -36,11 +36,15 @@ def without_overlap(splits: dict[str, list[Row]], dropped: Counter[str]) -> dict
     return {"train": train, "test": splits["test"]}
 
 
+def check(config: DataConfig) -> None:
+    """Refuse flags that contradict each other."""
+    if not 0 <= config.noise < 1 or (config.noise and config.data != "builtin"):
+        raise InputError(f"--noise {config.noise}: a share below 1, of the built-in world's labels")
+
+
 def main(config: DataConfig) -> None:
     """Read or build, check that the splits do not overlap, write."""
     builtin = config.data == "builtin"
-    if not 0 <= config.noise < 1 or (config.noise and not builtin):
-        raise InputError(f"--noise {config.noise}: a share below 1, of the built-in world's labels")
     stage = Stage(config, {} if builtin else {"data": config.data}, config.out, config.overwrite)
     dropped: Counter[str] = Counter()
     if builtin:
@@ -64,4 +68,4 @@ def main(config: DataConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, DataConfig)
+    run(main, DataConfig, check)

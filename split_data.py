@@ -10,25 +10,26 @@ import torch
 from torch import Tensor
 
 from mpo import evaluation
-from mpo.checkpoint import load_scalar
 from mpo.config import SplitConfig
 from mpo.data.batches import Pair, encode
 from mpo.data.rows import read_rows, write_rows
-from mpo.errors import InputError
-from mpo.files import write_text
-from mpo.model import ScalarModel
-from mpo.program import run
-from mpo.scoring import score_all
-from mpo.split import Split, assign, control, gap_over_uncertainty, split_by_gap, threshold
-from mpo.stage import Stage, hash_tree
-from mpo.tokenizer import load_tokenizer
-from mpo.training import setup_torch
+from mpo.data.tokenizer import load_tokenizer
+from mpo.model.checkpoint import load_scalar
+from mpo.model.llama import ScalarModel
+from mpo.model.scoring import score_all
+from mpo.preference.split import Split, assign, control, gap_over_uncertainty, parse_gamma, split_by_gap, threshold
+from mpo.runtime.entry import run
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import write_text
+from mpo.runtime.setup import setup_torch
+from mpo.runtime.stage import Stage, hash_tree
+from mpo.tools import memory
 
-CONTROLS = ("random", "inverted")  # splits with parts of the same sizes, to compare with
+CONTROLS = ("random", "inverted")  # splits with parts of the same sizes, for comparison
 
 
 def score_lines(pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor, split: Split) -> Iterator[str]:
-    """What the reward models (rows of chosen and rejected, (K, N)) said of each pair: one JSON object a line."""
+    """The scores of each pair as one line of JSON; chosen and rejected (K, N), a row for each reward model."""
     part_of = {i: name for name, index in split.parts.items() for i in index}
     gaps = (chosen - rejected).T.tolist()
     for i, pair in enumerate(pairs):
@@ -44,11 +45,18 @@ def score_lines(pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor, split: 
 
 
 def ensemble(folders: Sequence[str]) -> list[ScalarModel]:
-    """The reward models of these folders; each scores on its own normalised scale."""
+    """The reward models in these folders. Each scores on its own normalised scale."""
     models = [load_scalar(folder) for folder in folders]
     if any(m.config.vocab_size != models[0].config.vocab_size for m in models):
         raise InputError(f"--rm {','.join(folders)}: the models have different vocabularies")
     return models
+
+
+def check(config: SplitConfig) -> None:
+    """Refuse flags that contradict each other."""
+    parse_gamma(config.gamma)
+    if config.by == "uncertainty" and len(config.rm.split(",")) < 2:
+        raise InputError("--by uncertainty: needs two or more reward models: --rm folder,folder")
 
 
 def main(config: SplitConfig) -> None:
@@ -93,4 +101,4 @@ def main(config: SplitConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, SplitConfig)
+    run(main, SplitConfig, check, memory.show)

@@ -9,32 +9,34 @@ import torch
 from torch import Tensor
 
 from mpo import evaluation
-from mpo.checkpoint import save_model, scalar_from
 from mpo.config import RMConfig
-from mpo.data.batches import Pair, encode
+from mpo.data.batches import Pair, encode, left_out, training_batches
 from mpo.data.rows import Row, read_jsonl, read_rows, text_field
-from mpo.errors import InputError
-from mpo.files import write_json
-from mpo.lora import adapters_of
-from mpo.losses import bradley_terry, centring
-from mpo.model import ScalarModel
-from mpo.program import run
-from mpo.randomness import generator
-from mpo.reporting import interval
-from mpo.scoring import score_all, score_pairs
-from mpo.stage import Stage
-from mpo.tokenizer import Tokenizer, load_tokenizer
-from mpo.training import batches_of, setup_torch, short_rest, train
+from mpo.data.tokenizer import Tokenizer, load_tokenizer
+from mpo.model.checkpoint import load_as_scalar, save_model
+from mpo.model.llama import ScalarModel
+from mpo.model.lora import adapters_of
+from mpo.model.scoring import score_all, score_pairs
+from mpo.preference.losses import bradley_terry, centring
+from mpo.runtime.entry import run
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import write_json
+from mpo.runtime.flags import exact_div
+from mpo.runtime.seeding import generator
+from mpo.runtime.setup import setup_torch
+from mpo.runtime.stage import Stage
+from mpo.runtime.tables import interval
+from mpo.tools import memory
+from mpo.training.loop import train
 
-NORMALISE_ON = 1000  # SFT-reference responses whose scores get mean 0 and std 1
+NORMALISE_ON = 1000  # SFT-reference responses whose scores are given mean 0 and std 1
 
 
 def normalise(rm: ScalarModel, pairs: list[Pair], batch: int) -> tuple[float, float]:
     """Shift and scale so that SFT-reference (chosen) responses score 0 on average, with std 1.
 
-    So a gap, and the price of KL in PPO, mean the same whatever the reward model's own scale
-    (2403.17031 shifts; scaling too is common). Times std, a gap is the log-odds of the label.
-    Returns mean and std before.
+    A gap, and the price of KL in PPO, then mean the same whatever the reward model's own scale (2403.17031 shifts;
+    scaling too is common). A gap times std is the log-odds of the label. Returns mean and std before.
     """
     chosen, _ = score_all(rm, pairs[:NORMALISE_ON], batch)
     with torch.no_grad():
@@ -44,7 +46,7 @@ def normalise(rm: ScalarModel, pairs: list[Pair], batch: int) -> tuple[float, fl
 
 
 def held_out(gaps: Tensor, std: float, seed: int) -> dict[str, Any]:
-    """What the reward model is worth on labels it has not seen; gaps are in units of `std`."""
+    """How well the reward model predicts held-out labels; gaps are in units of `std`."""
     accuracy = evaluation.bootstrap(((gaps > 0).float() + 0.5 * (gaps == 0)).numpy(), seed)
     return {
         "accuracy": accuracy,
@@ -57,7 +59,7 @@ def held_out(gaps: Tensor, std: float, seed: int) -> dict[str, Any]:
 
 
 def probe(rm: ScalarModel, tokenizer: Tokenizer, sheet: Path, config: RMConfig) -> list[dict[str, Any]]:
-    """Score right answers against spoilt ones, per kind of prompt and mistake, before PPO can.
+    """Score right answers against spoilt ones, for each kind of prompt and mistake, before PPO finds the weak spots.
 
     `right_above` is the share of prompts on which the right answer scores higher.
     """
@@ -67,12 +69,12 @@ def probe(rm: ScalarModel, tokenizer: Tokenizer, sheet: Path, config: RMConfig) 
             text_field(where, item, k) for k in ("kind", "mistake", "prompt", "right", "wrong")
         )
         groups.setdefault((kind, mistake), []).append(Row(where, prompt, chosen=good, rejected=spoilt))
-    found = []
+    results = []
     for (kind, mistake), rows in groups.items():
         pairs, counts = encode(rows, tokenizer, config.max_prompt, 2 * config.max_response)
         right, wrong = score_all(rm, pairs, config.microbatch)
         above = float((right > wrong).float().mean())
-        found.append(
+        results.append(
             {
                 "kind": kind,
                 "mistake": mistake,
@@ -82,7 +84,13 @@ def probe(rm: ScalarModel, tokenizer: Tokenizer, sheet: Path, config: RMConfig) 
                 "rows": counts,
             }
         )
-    return found
+    return results
+
+
+def check(config: RMConfig) -> None:
+    """Refuse flags that contradict each other."""
+    exact_div(config.batch, config.microbatch, "--batch and --microbatch")
+    adapters_of(config, config.model)
 
 
 def main(config: RMConfig) -> None:
@@ -90,12 +98,12 @@ def main(config: RMConfig) -> None:
     setup_torch(config)
     stage = Stage(config, {"data": config.data, "model": config.model}, config.out, config.overwrite)
     tokenizer = load_tokenizer(config.model)
-    rm = scalar_from(config.model, generator(config.seed, "head"), adapters_of(config, config.model))
+    rm = load_as_scalar(config.model, generator(config.seed, "head"), adapters_of(config, config.model))
     splits, counts = {}, {}
     for split in ("train", "test"):
         rows = read_rows(Path(config.data) / f"{split}.jsonl")
         splits[split], counts[split] = encode(rows, tokenizer, config.max_prompt, config.max_response)
-        counts[split] |= short_rest(splits[split], config.batch) if split == "train" else {}
+        counts[split] |= left_out(splits[split], config.batch) if split == "train" else {}
         print(f"rm: {split} rows {counts[split]}")
     if config.use_margin and any(p.row.margin is None for p in splits["train"]):
         raise InputError(f"{config.data}/train.jsonl: not every row has a margin, which --use_margin needs")
@@ -108,7 +116,7 @@ def main(config: RMConfig) -> None:
             losses = losses + config.centring * centring(chosen, rejected)
         return losses, {"accuracy": (chosen > rejected).float()}
 
-    batches = batches_of(splits["train"], config.batch, config.epochs, config.seed)
+    batches = training_batches(splits["train"], config.batch, config.epochs, config.seed)
     last = train(rm, batches, losses_of, lambda pair: 1.0, config, stage)
     mean, std = normalise(rm, splits["train"], config.microbatch)
     chosen, rejected = score_all(rm, splits["test"], config.microbatch)
@@ -138,4 +146,4 @@ def main(config: RMConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, RMConfig)
+    run(main, RMConfig, check, memory.show)

@@ -9,38 +9,39 @@ from typing import Any
 
 from torch import Tensor
 
-from mpo import device, parallel
-from mpo.checkpoint import load_model, save_model
 from mpo.config import SFTConfig
-from mpo.data.batches import Pair, encode, make_batch
+from mpo.data.batches import Pair, encode, left_out, make_batch, training_batches
 from mpo.data.rows import read_rows
-from mpo.errors import InputError
-from mpo.logprobs import response_logprobs, sequence_logps
-from mpo.lora import adapters_of
-from mpo.model import PRESETS, Llama, hold_in, initialise
-from mpo.program import run
-from mpo.randomness import generator
-from mpo.scoring import each_batch
-from mpo.stage import Stage
-from mpo.tokenizer import Tokenizer, load_tokenizer
-from mpo.training import batches_of, setup_torch, short_rest, train
+from mpo.data.tokenizer import Tokenizer, load_tokenizer
+from mpo.model.checkpoint import load_model, save_model
+from mpo.model.llama import PRESETS, Llama, cast_weights, initialise
+from mpo.model.logprobs import response_logprobs, sequence_logps
+from mpo.model.lora import adapters_of
+from mpo.model.scoring import each_batch
+from mpo.runtime import device, distributed
+from mpo.runtime.entry import run
+from mpo.runtime.errors import InputError
+from mpo.runtime.flags import exact_div
+from mpo.runtime.seeding import generator
+from mpo.runtime.setup import setup_torch
+from mpo.runtime.stage import Stage
+from mpo.tools import memory
+from mpo.training.loop import train
 
 
 def starting_model(config: SFTConfig, tokenizer: Tokenizer) -> Llama:
-    """A preset with random weights, or the model of a folder."""
+    """A preset with random weights, or the model in a folder."""
     if config.model in PRESETS:
-        if config.lora_rank:
-            raise InputError("--lora_rank: adapters need a trained base; name a folder with --model")
         ids: dict[str, Any] = {
             "bos_token_id": tokenizer.bos,
             "eos_token_id": tokenizer.eos,
             "pad_token_id": tokenizer.pad,
         }
-        with device.here():
+        with device.current():
             model = Llama(replace(PRESETS[config.model], vocab_size=tokenizer.size, **ids))
         initialise(model, generator(config.seed, "init"))
-        hold_in(model, device.dtype())
-        return parallel.shard(model)
+        cast_weights(model, device.weight_dtype())
+        return distributed.shard(model)
     model = load_model(config.model, adapters_of(config, config.model))
     if model.config.vocab_size < tokenizer.size:
         raise InputError(
@@ -48,13 +49,6 @@ def starting_model(config: SFTConfig, tokenizer: Tokenizer) -> Llama:
             f"{config.model} only {model.config.vocab_size}; use the model's own tokenizer"
         )
     return model
-
-
-def sequence(pair: Pair, loss_on: str) -> tuple[list[int], list[int]]:
-    """What is given and what is learnt: with "all", everything behind BOS is learnt."""
-    if loss_on == "response":
-        return pair.prompt, pair.chosen
-    return pair.prompt[:1], pair.prompt[1:] + pair.chosen
 
 
 def held_out_loss(model: Llama, pairs: list[Pair], batch: int) -> float:
@@ -68,11 +62,19 @@ def held_out_loss(model: Llama, pairs: list[Pair], batch: int) -> float:
     return -float(total) / sum(len(p.chosen) for p in pairs)
 
 
+def check(config: SFTConfig) -> None:
+    """Refuse flags that contradict each other."""
+    exact_div(config.batch, config.microbatch, "--batch and --microbatch")
+    adapters_of(config, config.model)
+    if config.model in PRESETS and config.lora_rank:
+        raise InputError("--lora_rank: adapters need a trained base; name a folder with --model")
+    if config.model not in PRESETS and not Path(config.model).is_dir():
+        raise InputError(f"--model {config.model}: neither a folder nor a preset ({', '.join(PRESETS)})")
+
+
 def main(config: SFTConfig) -> None:
     """Load, train, measure, save."""
     setup_torch(config)
-    if config.model not in PRESETS and not Path(config.model).is_dir():
-        raise InputError(f"--model {config.model}: neither a folder nor a preset ({', '.join(PRESETS)})")
     inputs = {"data": config.data, "tokenizer": config.tokenizer}
     inputs |= {} if config.model in PRESETS else {"model": config.model}
     stage = Stage(config, inputs, config.out, config.overwrite)
@@ -82,18 +84,15 @@ def main(config: SFTConfig) -> None:
     for split in ("train", "test"):
         rows = read_rows(Path(config.data) / f"{split}.jsonl")
         splits[split], counts[split] = encode(rows, tokenizer, config.max_prompt, config.max_response)
-        counts[split] |= short_rest(splits[split], config.batch) if split == "train" else {}
+        counts[split] |= left_out(splits[split], config.batch) if split == "train" else {}
         print(f"sft: {split} rows {counts[split]}")
 
     def losses_of(pairs: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = make_batch([sequence(p, config.loss_on) for p in pairs])
+        batch = make_batch([(p.prompt, p.chosen) for p in pairs])
         return -response_logprobs(model, batch).logp.sum(1), {}
 
-    def tokens(pair: Pair) -> float:
-        return len(sequence(pair, config.loss_on)[1])
-
-    batches = batches_of(splits["train"], config.batch, config.epochs, config.seed)
-    last = train(model, batches, losses_of, tokens, config, stage)
+    batches = training_batches(splits["train"], config.batch, config.epochs, config.seed)
+    last = train(model, batches, losses_of, lambda pair: len(pair.chosen), config, stage)
     loss = held_out_loss(model, splits["test"], config.batch)
     print(f"sft: held-out loss {loss:.3f} nats per response token")
     save_model(stage.out, model)
@@ -103,4 +102,4 @@ def main(config: SFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, SFTConfig)
+    run(main, SFTConfig, check, memory.show)

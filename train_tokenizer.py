@@ -6,10 +6,10 @@ from pathlib import Path
 
 from mpo.config import TokenizerConfig
 from mpo.data.rows import read_rows
-from mpo.model import PRESETS
-from mpo.program import run
-from mpo.stage import Stage
-from mpo.tokenizer import load_tokenizer, train_tokenizer
+from mpo.data.tokenizer import load_tokenizer, train_tokenizer
+from mpo.model.llama import PRESETS
+from mpo.runtime.entry import run
+from mpo.runtime.stage import Stage
 
 
 def main(config: TokenizerConfig) -> None:

@@ -1,6 +1,6 @@
 """Where a step's time goes, by compiled function: python -m benchmarks.breakdown CASE THREADS
 
-Every compiled kernel is called through one function (kernels/cpu/binding.py), which is timed here; what is left is
+Every compiled kernel is called through one function (kernels/cpu/library.py), which is timed here; what is left is
 torch: embeddings, sums, the optimiser, autograd, Python.
 """
 
@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from benchmarks.ours import CASES
-from kernels.cpu import binding
-from mpo.training import setup_torch
+from mpo.kernels.cpu import library
+from mpo.runtime.setup import setup_torch
 
 
 def timed(spent: Counter[str]) -> Any:
-    """binding.call, adding up seconds by function."""
-    plain = binding.call
+    """library.call, adding up seconds by function."""
+    plain = library.call
 
-    def call(function: str, *arguments: binding.Argument) -> None:
+    def call(function: str, *arguments: library.Argument) -> None:
         began = time.perf_counter()
         plain(function, *arguments)
         spent[function] += time.perf_counter() - began  # type: ignore[assignment]
@@ -37,9 +37,9 @@ def profile(case: str, steps: int = 5) -> dict[str, float]:
     step, spent = CASES[case](), Counter[str]()
     step()
     call = timed(spent)
-    plain = binding.call
+    plain = library.call
     for name, module in list(sys.modules.items()):
-        if name.startswith("kernels.cpu") and getattr(module, "call", None) is plain:
+        if name.startswith("mpo.kernels.cpu") and getattr(module, "call", None) is plain:
             module.call = call  # type: ignore[attr-defined]
     began = time.perf_counter()
     for _ in range(steps):
@@ -50,6 +50,6 @@ def profile(case: str, steps: int = 5) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    setup_torch(SimpleNamespace(threads=int(sys.argv[2]), bf16=False))  # type: ignore[arg-type]
+    setup_torch(SimpleNamespace(threads=int(sys.argv[2])))  # type: ignore[arg-type]
     torch.manual_seed(0)
     print(json.dumps(profile(sys.argv[1])))

@@ -32,7 +32,7 @@ def plain_pair(h: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, rh: torc
 def way(case: str) -> Way:
     """The function of a case; arguments hidden, weight, targets and for "-pair" the reference's hidden and weight."""
     if case in ("ours", "ours-pair"):
-        import kernels
+        from mpo.kernels import functions as kernels
 
         if case == "ours":
             return kernels.token_logprobs

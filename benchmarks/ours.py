@@ -13,16 +13,17 @@ from benchmarks import workload as w
 from mpo.config import PPOConfig
 from mpo.data.batches import Pair
 from mpo.data.rows import Row
-from mpo.losses import PREFERENCE_LOSSES, bradley_terry
-from mpo.model import Llama, LlamaConfig, ValueHead, initialise, scalar_from
-from mpo.optimisers import make_optimiser, optimiser_step
-from mpo.ppo_update import Critic, Learner, Update, update
-from mpo.rollout import roll_out
-from mpo.sampling import Sampling, generate
-from mpo.scoring import score_pairs
-from mpo.training import setup_torch
-from train_dpo import pair_logps, reference_logps
-from train_ppo import advantages_of
+from mpo.model.generate import Sampling, generate
+from mpo.model.llama import Llama, LlamaConfig, ValueHead, initialise, scalar_from
+from mpo.model.scoring import score_pairs
+from mpo.ppo.learner import Critic, Learner
+from mpo.ppo.rewards import assign_credit
+from mpo.ppo.rollout import roll_out
+from mpo.ppo.update import Lesson, update
+from mpo.preference.logps import pair_logps, reference_logps
+from mpo.preference.losses import PREFERENCE_LOSSES, bradley_terry
+from mpo.runtime.setup import setup_torch
+from mpo.training.optimisers import make_optimiser, optimiser_step
 
 
 def model(seed: int) -> Llama:
@@ -84,6 +85,7 @@ def ppo(shared: bool) -> Callable[[], object]:
         epochs=w.EPOCHS,
         max_new=w.RESPONSE,
         critic_warmup=0,
+        missing_eos_penalty=0.0,  # no response ends
     )
     critic = Critic(value_model, make_optimiser(value_model, w.LR, 0.0, eps=1e-5))
     learner = Learner(policy, make_optimiser(policy, w.LR, 0.0, eps=1e-5), ref, critic)
@@ -92,8 +94,8 @@ def ppo(shared: bool) -> Callable[[], object]:
 
     def iteration() -> None:
         rollout = roll_out(policy, ref, rm, critic.model, prompts, sampling, draw, config.microbatch)
-        found = advantages_of(rollout, rollout.scores, config.kl_coef, config)
-        update(learner, Update(rollout, found.whitened, found.returns, config.kl_coef), 0, config)
+        credit = assign_credit(rollout, config.kl_coef, config)
+        update(learner, Lesson(rollout, credit, config.kl_coef), 0, config)
 
     return iteration
 
@@ -116,5 +118,6 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
 }
 
 if __name__ == "__main__":
-    setup_torch(SimpleNamespace(threads=int(sys.argv[2]), bf16=sys.argv[1].endswith("-bf16")))  # type: ignore[arg-type]
+    precision = "bf16-mixed" if sys.argv[1].endswith("-bf16") else "fp32"
+    setup_torch(SimpleNamespace(threads=int(sys.argv[2]), precision=precision))  # type: ignore[arg-type]
     turns.serve(CASES[sys.argv[1].removesuffix("-bf16")]())

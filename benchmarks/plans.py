@@ -16,14 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpo.checkpoint import save_model
 from mpo.config import DPOConfig, PPOConfig, RMConfig, SFTConfig, Training
 from mpo.data.rows import Row, write_rows
-from mpo.files import write_between
-from mpo.model import PRESETS, Llama, LlamaConfig, initialise, scalar_from
-from mpo.plan import lines, parameters
-from mpo.randomness import generator
-from mpo.tokenizer import Tokenizer, train_tokenizer
+from mpo.data.tokenizer import Tokenizer, train_tokenizer
+from mpo.model.checkpoint import save_model
+from mpo.model.llama import PRESETS, Llama, LlamaConfig, initialise, scalar_from
+from mpo.runtime.files import write_between
+from mpo.runtime.seeding import generator
+from mpo.tools.memory import lines, parameters
 from mpo.world.build import build
 
 ROOT = Path(__file__).parent.parent
@@ -71,7 +71,7 @@ def command(folder: Path, stage: str, microbatch: int) -> list[str]:
         ],
     }[stage]
     sizes = ["--batch", "16", "--minibatch", str(microbatch)] if stage == "ppo" else ["--batch", str(microbatch)]
-    limits = ["--max_prompt", str(PROMPT), "--max_response", str(RESPONSE), "--saves", "1", "--threads", "1"]
+    limits = ["--max_prompt", str(PROMPT), "--max_response", str(RESPONSE), "--threads", "1"]
     out = ["--out", f"{folder}/{stage}", "--overwrite", "true", "--microbatch", str(microbatch)]
     return [sys.executable, *flags, *sizes, *limits, *out]
 
@@ -95,7 +95,7 @@ def measured_table() -> Iterator[str]:
             write_inputs(folder, size)
             cases: list[tuple[str, tuple[str, ...]]] = [(stage, ()) for stage in STAGES]
             if size == "small":
-                frugal = ("--dtype", "bfloat16"), ("--optimiser", "adafactor")
+                frugal = ("--precision", "bf16"), ("--optimiser", "adafactor")
                 savers = ("--recompute", "true"), ("--lora_rank", "8"), *frugal, frugal[0] + frugal[1]
                 cases += [(s, m) for s in ("dpo", "ppo") for m in savers]
             millions = parameters(replace(PRESETS[size], vocab_size=500)) / 1e6
@@ -140,8 +140,8 @@ STAGES: dict[str, tuple[type[Training], dict[str, Any]]] = {
 
 WEIGHTS: dict[str, dict[str, Any]] = {
     "fp32": {},
-    "bf16": {"dtype": "bfloat16"},
-    "bf16, LoRA": {"dtype": "bfloat16", "lora_rank": 16},
+    "bf16": {"precision": "bf16"},
+    "bf16, LoRA": {"precision": "bf16", "lora_rank": 16},
 }
 
 

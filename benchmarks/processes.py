@@ -16,8 +16,8 @@ from pathlib import Path
 
 from benchmarks.plans import PROMPT, RESPONSE, ROOT, write_inputs
 from experiments.grid import commit, machine
-from mpo.files import write_between
-from mpo.reporting import table
+from mpo.runtime.files import write_between
+from mpo.runtime.tables import table
 
 PAGE = ROOT / "docs" / "processes.md"
 BEGIN, END = "<!-- written by benchmarks.processes -->\n", "<!-- end -->"
@@ -35,7 +35,7 @@ def ways(cores: int) -> dict[str, tuple[int, int, bool]]:
 def seconds(folder: Path, way: tuple[int, int, bool], steps: int) -> float:
     """Of a whole DPO stage."""
     processes, threads, sharded = way
-    start = ["-m", "mpo.launch", str(processes)] if processes > 1 else []
+    start = ["-m", "mpo.runtime.launch", str(processes)] if processes > 1 else []
     inputs = ["--data", f"{folder}/data/train.jsonl", "--model", f"{folder}/model", "--out", f"{folder}/out"]
     sizes = ["--steps", str(steps), "--batch", str(BATCH), "--microbatch", str(BATCH // processes)]
     more = ["--overwrite", "true", "--threads", str(threads), "--shard", str(sharded), "--save_every", "1000"]

@@ -15,11 +15,11 @@ from typing import Any
 
 from benchmarks import workload
 from experiments.grid import ROOT, commit, machine
-from mpo.config import parse
-from mpo.errors import InputError
-from mpo.files import read_json, write_json, write_text
-from mpo.program import run_plain
-from mpo.reporting import table
+from mpo.runtime.entry import run_plain
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import read_json, write_json, write_text
+from mpo.runtime.flags import parse
+from mpo.runtime.tables import table
 
 Row = dict[str, Any]
 
@@ -79,7 +79,7 @@ class BenchConfig:
     repeats: int = 7  # turns of each, after one that does not count
     threads: int = 0  # of each; 0: one a core
     only: str = ""  # only the rows whose name holds this; the others stay as they were
-    out: str = "bench.json"  # every number measured
+    out: str = "benchmarks/bench.json"  # every number measured
     page: str = "docs/benchmarks.md"  # the tables
 
 

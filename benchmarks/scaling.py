@@ -15,9 +15,9 @@ from typing import Any
 from benchmarks.run import hold, python_of, write_page
 from experiments import figures
 from experiments.grid import ROOT, commit, machine
-from mpo.config import parse
-from mpo.files import read_json, write_json
-from mpo.program import run_plain
+from mpo.runtime.entry import run_plain
+from mpo.runtime.files import read_json, write_json
+from mpo.runtime.flags import parse
 
 AXES = {
     "vocabulary": (2048, 8192, 32768),
@@ -41,7 +41,7 @@ class ScalingConfig:
     repeats: int = 3  # turns of each, after one that does not count
     threads: int = 0  # of each; 0: one a core
     again: bool = False  # measure anew what is there already
-    out: str = "bench.json"  # where the numbers are kept
+    out: str = "benchmarks/bench.json"  # where the numbers are kept
     figure: str = "docs/figures/scaling.png"  # where the figure goes
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from benchmarks.run import write_page
 from experiments.grid import ROOT, commit, machine
-from mpo.errors import InputError
-from mpo.files import read_json, write_json
-from mpo.program import run_plain
-from mpo.reporting import table
-from mpo.stage import read_manifest
+from mpo.runtime.entry import run_plain
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import read_json, write_json
+from mpo.runtime.stage import read_manifest
+from mpo.runtime.tables import table
 
 STAGES = ("data", "tokenizer", "sft", "rm", "split", "dpo", "mpo", "eval")
 
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2:
         raise InputError("usage: python -m benchmarks.stages RUN_BEFORE RUN_NOW")
     text = compare(Path(argv[0]), Path(argv[1]))
-    out = ROOT / "bench.json"
+    out = ROOT / "benchmarks" / "bench.json"
     found = read_json(out) | {"stages": {"table": f"Machine: {machine()}. Commit: {commit()}.\n\n{text}"}}
     write_json(out, found)
     write_page(ROOT / "docs" / "benchmarks.md", found)

@@ -19,13 +19,13 @@ import numpy as np
 from experiments import figures
 from experiments.grid import Cell, make, read_results, run_cells
 from experiments.statistics import column, contrast, difference, hierarchical_bootstrap, win
-from mpo.config import parse
-from mpo.errors import InputError
-from mpo.files import write_text
-from mpo.losses import PREFERENCE_LOSSES
-from mpo.ppo import GROUP_ESTIMATORS
-from mpo.program import run_plain
-from mpo.reporting import interval, percent, table
+from mpo.ppo.equations import CRITIC_FREE
+from mpo.preference.losses import PREFERENCE_LOSSES
+from mpo.runtime.entry import run_plain
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import write_text
+from mpo.runtime.flags import parse
+from mpo.runtime.tables import interval, percent, table
 
 Variables = dict[str, str]
 
@@ -40,7 +40,7 @@ GRIDS: dict[str, tuple[str, dict[str, Variables]]] = {
     "estimators": (
         "mpo",
         {"gae": {}, "gae, shared critic": {"PPO_FLAGS": "--shared_critic true"}}
-        | {name: {"PPO_FLAGS": f"--advantage {name} --group 4"} for name in GROUP_ESTIMATORS}
+        | {name: {"PPO_FLAGS": f"--advantage {name} --group 4"} for name in CRITIC_FREE}
         | {"grpo, k3 in loss": {"PPO_FLAGS": "--advantage grpo --group 4 --kl_in loss --kl_estimator k3"}},
     ),
     "kl": (
@@ -53,8 +53,6 @@ GRIDS: dict[str, tuple[str, dict[str, Variables]]] = {
             "k3 in loss": {"PPO_FLAGS": "--kl_in loss --kl_estimator k3"},
             "exact in loss": {"PPO_FLAGS": "--kl_in loss --kl_estimator exact"},
             "adaptive": {"PPO_FLAGS": "--kl_target 1"},
-            "moving reference": {"PPO_FLAGS": "--ref_rate 0.1"},
-            "whitened rewards": {"PPO_FLAGS": "--whiten_rewards true"},
         },
     ),
     "split": (

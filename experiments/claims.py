@@ -16,11 +16,11 @@ from itertools import groupby, product
 
 from experiments import page
 from experiments.grid import ROOT, Cell, make, read_results, run_cells
-from experiments.plan import FIRST_STAGE, FULL, GRIDS, REDUCED, TRIALS, TUNED, Plan
-from mpo.config import parse
-from mpo.errors import InputError
-from mpo.files import read_json, write_json
-from mpo.program import run_plain
+from experiments.study import FIRST_STAGE, FULL, GRIDS, REDUCED, TRIALS, TUNED, Study
+from mpo.runtime.entry import run_plain
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import read_json, write_json
+from mpo.runtime.flags import parse
 
 STEPS = (*GRIDS, "page")
 
@@ -34,24 +34,24 @@ class ClaimsConfig:
     jobs: int = 0  # runs at a time; 0: one a core
 
 
-def tuning_cells(plan: Plan, task: str, method: str, settings: dict[str, str]) -> Iterator[Cell]:
+def tuning_cells(study: Study, task: str, method: str, settings: dict[str, str]) -> Iterator[Cell]:
     """The trials of one method: runs that share all but its last stage, made once in the base run."""
-    base, first, prompts = plan.base_run(task, plan.tuning_seed), FIRST_STAGE.get(method, "sft"), plan.prompts
-    flags = plan.make_variables(settings, first)
-    yield Cell("tune", task, plan.tuning_seed, "", first, base, "", flags, prompts)
-    for i, trial in enumerate(TRIALS[TUNED[method]][: plan.trials]):
-        run, flags = f"{plan.root}/tune/{task}-{method}-{i}", plan.make_variables(settings | {method: trial}, method)
-        yield Cell("tune", task, plan.tuning_seed, trial, method, run, base, flags, prompts)
+    base, first, prompts = study.base_run(task, study.tuning_seed), FIRST_STAGE.get(method, "sft"), study.prompts
+    flags = study.make_variables(settings, first)
+    yield Cell("tune", task, study.tuning_seed, "", first, base, "", flags, prompts)
+    for i, trial in enumerate(TRIALS[TUNED[method]][: study.trials]):
+        run, flags = f"{study.root}/tune/{task}-{method}-{i}", study.make_variables(settings | {method: trial}, method)
+        yield Cell("tune", task, study.tuning_seed, trial, method, run, base, flags, prompts)
 
 
-def tune(plan: Plan, jobs: int) -> int:
+def tune(study: Study, jobs: int) -> int:
     """Settle every method's settings, in each world: those of the trial with the most gold."""
-    results = plan.results / "tune.jsonl"
-    chosen: dict[str, dict[str, str]] = read_json(plan.settings) if plan.settings.exists() else {}
+    results = study.results / "tune.jsonl"
+    chosen: dict[str, dict[str, str]] = read_json(study.settings) if study.settings.exists() else {}
     for _, methods in groupby(TUNED, key=lambda m: (TUNED[m], m in FIRST_STAGE and TUNED[m] == "dpo")):
-        settings = {task: chosen.get(task, {}) for task in plan.tasks}
-        todo = [(task, m) for m, task in product(methods, plan.tasks) if m not in settings[task]]
-        cells = [c for task, m in todo for c in tuning_cells(plan, task, m, settings[task])]
+        settings = {task: chosen.get(task, {}) for task in study.tasks}
+        todo = [(task, m) for m, task in product(methods, study.tasks) if m not in settings[task]]
+        cells = [c for task, m in todo for c in tuning_cells(study, task, m, settings[task])]
         firsts = {c.key: c for c in cells if not c.source}  # before the runs that share them
         bases = list({c.run: c for c in firsts.values()}.values())
         with ThreadPoolExecutor(jobs) as pool:
@@ -64,43 +64,43 @@ def tune(plan: Plan, jobs: int) -> int:
         for task, method in todo:
             mine = [r for r in rows if (r["task"], r["policy"]) == (task, method) and r["variant"]]
             chosen.setdefault(task, {})[method] = max(mine, key=lambda r: r["gold"])["variant"]
-        write_json(plan.settings, chosen)
+        write_json(study.settings, chosen)
     return 0
 
 
-def grid_cells(plan: Plan, grid: str) -> list[Cell]:
+def grid_cells(study: Study, grid: str) -> list[Cell]:
     """All cells of one grid, seed by seed, so that an unfinished grid has whole seeds."""
-    if not plan.settings.exists():
-        raise InputError(f"{plan.settings}: no such file; settle the settings first: --grids tune")
-    tuned: dict[str, dict[str, str]] = read_json(plan.settings)
+    if not study.settings.exists():
+        raise InputError(f"{study.settings}: no such file; settle the settings first: --grids tune")
+    tuned: dict[str, dict[str, str]] = read_json(study.settings)
     cells = []
 
     def add(task: str, seed: int, variant: str, method: str, run: str, source: str, more: dict[str, str]) -> None:
-        flags = plan.make_variables(tuned[task], method) | more
-        cells.append(Cell(grid, task, seed, variant, method, run, source, flags, plan.prompts))
+        flags = study.make_variables(tuned[task], method) | more
+        cells.append(Cell(grid, task, seed, variant, method, run, source, flags, study.prompts))
 
-    for seed, task in product(plan.seeds, plan.tasks):
-        base = plan.base_run(task, seed)
+    for seed, task in product(study.seeds, study.tasks):
+        base = study.base_run(task, seed)
         if grid == "main":
-            for method in plan.methods:
+            for method in study.methods:
                 add(task, seed, "", method, base, "", {})
         elif grid == "noise":
-            for noise, method in product(plan.noise, plan.noise_methods):
-                run, flags = f"{plan.root}/noise/{task}-{seed}-{noise}", {"DATA_FLAGS": f"--noise {noise}"}
+            for noise, method in product(study.noise, study.noise_methods):
+                run, flags = f"{study.root}/noise/{task}-{seed}-{noise}", {"DATA_FLAGS": f"--noise {noise}"}
                 add(task, seed, f"{noise}", method, run, "", flags)
         elif grid == "price":
-            noisy, flags = max(plan.noise), {"mpo_FLAGS": f"{tuned[task]['mpo']} {plan.price}"}
+            noisy, flags = max(study.noise), {"mpo_FLAGS": f"{tuned[task]['mpo']} {study.price}"}
             flags |= {"DATA_FLAGS": f"--noise {noisy}"}
-            run, source = f"{plan.root}/price/{task}-{seed}", f"{plan.root}/noise/{task}-{seed}-{noisy}"
+            run, source = f"{study.root}/price/{task}-{seed}", f"{study.root}/noise/{task}-{seed}-{noisy}"
             add(task, seed, "", "mpo", run, source, flags)
         elif grid == "gamma":
-            for gamma, method in product(plan.gammas, plan.gamma_methods):
-                run, flags = f"{plan.root}/gamma/{task}-{seed}-{gamma}", {"SPLIT_FLAGS": f"--gamma {gamma}"}
+            for gamma, method in product(study.gammas, study.gamma_methods):
+                run, flags = f"{study.root}/gamma/{task}-{seed}-{gamma}", {"SPLIT_FLAGS": f"--gamma {gamma}"}
                 add(task, seed, gamma, method, run, base, flags)
         elif grid == "pushed":
-            for method, push in plan.pushed.items():
+            for method, push in study.pushed.items():
                 flags = {f"{method}_FLAGS": f"{tuned[task][method]} {push}"}
-                add(task, seed, "", method, f"{plan.root}/pushed/{task}-{seed}-{method}", base, flags)
+                add(task, seed, "", method, f"{study.root}/pushed/{task}-{seed}-{method}", base, flags)
     return cells
 
 
@@ -109,16 +109,16 @@ def main(config: ClaimsConfig) -> int:
     named = [g.strip() for g in config.grids.split(",")]
     if unknown := set(named) - set(STEPS):
         raise InputError(f"--grids {config.grids}: {sorted(unknown)[0]!r} is not one of {', '.join(STEPS)}")
-    plan = REDUCED if config.reduced else FULL
+    study = REDUCED if config.reduced else FULL
     jobs = config.jobs or os.cpu_count() or 1
     failed = 0
     for grid in (g for g in STEPS if g in named):
         if grid == "tune":
-            failed += tune(plan, jobs)
+            failed += tune(study, jobs)
         elif grid == "page":
-            page.write(plan)
+            page.write(study)
         else:
-            failed += run_cells(grid_cells(plan, grid), plan.results / f"{grid}.jsonl", jobs)
+            failed += run_cells(grid_cells(study, grid), study.results / f"{grid}.jsonl", jobs)
     return failed
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from mpo.data.rows import read_jsonl
-from mpo.errors import InputError
-from mpo.files import read_json
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import read_json
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = 400

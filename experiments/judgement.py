@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from experiments.grid import read_results
-from experiments.plan import FIRST_STAGE, GRIDS, Plan
 from experiments.statistics import Contrast, Values, at_kl, column, contrast, difference, path
+from experiments.study import FIRST_STAGE, GRIDS, Study
 
 Row = Mapping[str, Any]
 Points = list[tuple[float, float]]
@@ -94,12 +94,12 @@ def by_method(rows: Sequence[Row], task: str, variant: str = "") -> dict[str, li
     return found
 
 
-def read_world(plan: Plan, task: str) -> World:
+def read_world(study: Study, task: str) -> World:
     """Everything the result files hold of one world."""
-    rows = {grid: read_results(plan.results / f"{grid}.jsonl") for grid in GRIDS}
+    rows = {grid: read_results(study.results / f"{grid}.jsonl") for grid in GRIDS}
     main = by_method(rows["main"], task)
-    noise = {"0": main} | {f"{n}": by_method(rows["noise"], task, f"{n}") for n in plan.noise}
-    gamma = {"q0.5": main} | {g: by_method(rows["gamma"], task, g) for g in plan.gammas}
+    noise = {"0": main} | {f"{n}": by_method(rows["noise"], task, f"{n}") for n in study.noise}
+    gamma = {"q0.5": main} | {g: by_method(rows["gamma"], task, g) for g in study.gammas}
     pushed, price = (by_method(rows[grid], task) for grid in ("pushed", "price"))
     return World(task, main, noise, dict(sorted(gamma.items())), pushed, price)
 
@@ -147,14 +147,14 @@ def fall_contrast(world: World, rival: str) -> Contrast | None:
     return contrast(found) if found else None
 
 
-def judged(world: World, plan: Plan, claim: int) -> dict[str, Contrast | None]:
+def judged(world: World, study: Study, claim: int) -> dict[str, Contrast | None]:
     """The contrasts that a claim rests on, by name."""
     if claim == 5:
-        worst = f"{max(plan.noise)}"
+        worst = f"{max(study.noise)}"
         return {
             f"loss of {m} - loss of mpo": noise_contrast(world, m, worst)
             for m in ("dpo-all-long", "ppo-long")
-            if m in plan.noise_methods
+            if m in study.noise_methods
         }
     if claim == 6:
         return {"fall of ppo - fall of mpo": fall_contrast(world, "ppo")}

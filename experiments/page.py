@@ -30,11 +30,11 @@ from experiments.judgement import (
     read_world,
     verdict,
 )
-from experiments.plan import FIRST_STAGE, GRIDS, Plan
 from experiments.statistics import Contrast, column, difference, hierarchical_bootstrap, win
-from mpo.errors import InputError
-from mpo.files import read_json, write_text
-from mpo.reporting import interval, percent, table
+from experiments.study import FIRST_STAGE, GRIDS, Study
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import read_json, write_text
+from mpo.runtime.tables import interval, percent, table
 
 NOISE_PAIRS = [("mpo", "dpo-all-long"), ("mpo", "ppo-long"), ("dpo", "dpo-all-long")]  # shown along the sweeps
 GAMMA_PAIRS = [("mpo", "dpo")]
@@ -57,34 +57,34 @@ def contrast_line(world: World, name: str, found: Contrast | None, pair: Pair | 
     return [name, interval(found.interval), what, signs, won, equal]
 
 
-def claim_section(worlds: Sequence[World], plan: Plan, claim: int) -> str:
+def claim_section(worlds: Sequence[World], study: Study, claim: int) -> str:
     """Title, verdict, one table a world, the reasons, and the claim's figure."""
-    found = [judged(world, plan, claim) for world in worlds]
-    parts = [f"## {claim}. {CLAIMS[claim]}: {verdict(found, len(plan.seeds))}"]
+    found = [judged(world, study, claim) for world in worlds]
+    parts = [f"## {claim}. {CLAIMS[claim]}: {verdict(found, len(study.seeds))}"]
     header = ["contrast", "gold", "verdict", "by seed", "win %", "gold at equal KL"]
     for world, contrasts in zip(worlds, found, strict=True):
         pairs = {" - ".join(p): p for p in JUDGED.get(claim, []) + SHOWN.get(claim, [])}
         lines = [
-            contrast_line(world, n, c, pairs.get(n), len(plan.seeds))
+            contrast_line(world, n, c, pairs.get(n), len(study.seeds))
             for n, c in contrasts.items()
             if not n.endswith("equal KL")
         ]
         shown = [(" - ".join(p), gold_contrast(world, p)) for p in SHOWN.get(claim, [])]
-        lines += [contrast_line(world, f"({name})", c, pairs[name], len(plan.seeds)) for name, c in shown]
+        lines += [contrast_line(world, f"({name})", c, pairs[name], len(study.seeds)) for name, c in shown]
         parts += [f"**{world.task}**", table(header, lines)]
-    return "\n\n".join([*parts, *prose(plan, f"claim-{claim}")])
+    return "\n\n".join([*parts, *prose(study, f"claim-{claim}")])
 
 
-def prose(plan: Plan, name: str) -> list[str]:
+def prose(study: Study, name: str) -> list[str]:
     """What interprets the numbers, where somebody has."""
-    path = plan.reasons / f"{name}.md" if plan.reasons else None
+    path = study.reasons / f"{name}.md" if study.reasons else None
     return [path.read_text(encoding="utf-8").strip()] if path and path.exists() else []
 
 
-def main_table(world: World, plan: Plan) -> str:
+def main_table(world: World, study: Study) -> str:
     """Every method of the main grid."""
     lines, sft = [], world.golds("sft")
-    for method in plan.methods:
+    for method in study.methods:
         rows = world.main.get(method, [])
         if not rows:
             continue
@@ -155,9 +155,9 @@ def pushed_table(world: World) -> str:
     return table(["pushed", "seeds", "best gold", "at KL", "last gold", "at KL", "fall, by seed"], lines)
 
 
-def provenance(plan: Plan) -> str:
+def provenance(study: Study) -> str:
     """Which machine, which commits, how many cells, how long."""
-    files = {grid: read_results(plan.results / f"{grid}.jsonl") for grid in GRIDS}
+    files = {grid: read_results(study.results / f"{grid}.jsonl") for grid in GRIDS}
     rows = [r for found in files.values() for r in found]
     cells = ", ".join(f"{grid} {len(found)}" for grid, found in files.items())
     hours = sum(r["seconds"] for r in rows) / 3600
@@ -169,9 +169,9 @@ def provenance(plan: Plan) -> str:
     )
 
 
-def settings_table(plan: Plan) -> str:
+def settings_table(study: Study) -> str:
     """What the tuning chose."""
-    chosen = read_json(plan.settings)
+    chosen = read_json(study.settings)
     methods = list(dict.fromkeys(m for task in chosen.values() for m in task))
     return table(
         ["method", *chosen], [[m, *(task.get(m, "-").replace("--", "") for task in chosen.values())] for m in methods]
@@ -193,7 +193,7 @@ def collapse_list(worlds: Sequence[World]) -> str:
     return table(["world", "grid", "method", "seed", "why"], lines) if lines else "None."
 
 
-def draw(worlds: Sequence[World], plan: Plan, folder: Path) -> list[str]:
+def draw(worlds: Sequence[World], study: Study, folder: Path) -> list[str]:
     """All figures; returns them as Markdown, [] where they cannot be drawn."""
     if not figures.available():
         return []
@@ -216,12 +216,12 @@ def draw(worlds: Sequence[World], plan: Plan, folder: Path) -> list[str]:
     kl, gold = "KL to SFT, nats per response", "gold reward"
     where = add("gold-by-kl", "Gold along the way of each method; thick: the mean over seeds, thin: single seeds.")
     figures.paths(curves("gold", shown, False), where, kl, gold)
-    contrasts = {w.task: {n: c for i in JUDGED for n, c in judged(w, plan, i).items() if c} for w in worlds}
+    contrasts = {w.task: {n: c for i in JUDGED for n, c in judged(w, study, i).items() if c} for w in worlds}
     figures.forest(contrasts, add("contrasts", "Judged contrasts of claims 1 to 4; small dots are single seeds."))
-    return made + _sweep_figures(worlds, plan, folder, curves)
+    return made + _sweep_figures(worlds, study, folder, curves)
 
 
-def _sweep_figures(worlds: Sequence[World], plan: Plan, folder: Path, curves: Any) -> list[str]:
+def _sweep_figures(worlds: Sequence[World], study: Study, folder: Path, curves: Any) -> list[str]:
     made = []
 
     def lines(grids: str, methods: Sequence[str], number: Any) -> dict[str, dict[str, list[Any]]]:
@@ -237,13 +237,13 @@ def _sweep_figures(worlds: Sequence[World], plan: Plan, folder: Path, curves: An
                     found.setdefault(w.task, {})[method] = points
         return found
 
-    if noisy := lines("noise", [m for m in plan.noise_methods if m != "sft"], float):
+    if noisy := lines("noise", [m for m in study.noise_methods if m != "sft"], float):
         figures.sweep(noisy, folder / "noise.png", "share of training labels flipped")
         made.append(f"![Gold as label noise grows]({folder.name}/noise.png)\n\n*Gold as label noise grows.*")
-    if gammas := lines("gamma", plan.gamma_methods, lambda k: float(k[1:])):
+    if gammas := lines("gamma", study.gamma_methods, lambda k: float(k[1:])):
         figures.sweep(gammas, folder / "gamma.png", "gamma, as a quantile of |gap|")
         made.append(f"![Gold by gamma]({folder.name}/gamma.png)\n\n*Gold by the threshold of the split.*")
-    pushed = [m for m in plan.pushed if any(m in w.pushed for w in worlds)]
+    pushed = [m for m in study.pushed if any(m in w.pushed for w in worlds)]
     if pushed:
         for name, title in (("gold", "gold reward"), ("reward", "RM reward")):
             file = folder / f"pushed-{name}.png"
@@ -252,30 +252,30 @@ def _sweep_figures(worlds: Sequence[World], plan: Plan, folder: Path, curves: An
     return made
 
 
-def write(plan: Plan) -> None:
+def write(study: Study) -> None:
     """Write the page and its figures from whatever the result files hold."""
-    if not read_results(plan.results / "main.jsonl"):
-        raise InputError(f"{plan.results / 'main.jsonl'}: no rows yet; run the main grid first")
-    worlds = [w for task in plan.tasks if (w := read_world(plan, task)).main.get("sft")]
+    if not read_results(study.results / "main.jsonl"):
+        raise InputError(f"{study.results / 'main.jsonl'}: no rows yet; run the main grid first")
+    worlds = [w for task in study.tasks if (w := read_world(study, task)).main.get("sft")]
     verdicts = []
     for claim, title in CLAIMS.items():
-        found = [judged(world, plan, claim) for world in worlds]
+        found = [judged(world, study, claim) for world in worlds]
         verdicts.append(
-            [f"{claim}. {title}", *(verdict(f, len(plan.seeds)) for f in (found, *([one] for one in found)))]
+            [f"{claim}. {title}", *(verdict(f, len(study.seeds)) for f in (found, *([one] for one in found)))]
         )
-    parts = ["# The claims, measured", provenance(plan)]
+    parts = ["# The claims, measured", provenance(study)]
     parts += ["## Verdicts", table(["claim", "verdict", *(w.task for w in worlds)], verdicts)]
-    parts += prose(plan, "summary")
-    parts += draw(worlds, plan, plan.page.parent / "figures")
+    parts += prose(study, "summary")
+    parts += draw(worlds, study, study.page.parent / "figures")
     for world in worlds:
-        parts += [f"## Main grid, {world.task}", main_table(world, plan)]
-    parts += [claim_section(worlds, plan, claim) for claim in CLAIMS]
+        parts += [f"## Main grid, {world.task}", main_table(world, study)]
+    parts += [claim_section(worlds, study, claim) for claim in CLAIMS]
     for world in worlds:
         parts += [f"## Sweeps, {world.task}"]
-        priced = {f"{max(plan.noise)}, mpo {plan.price}": world.noisiest | world.price} if world.price else {}
-        parts += [sweep_table(world.noise | priced, plan.noise_methods, NOISE_PAIRS, "labels flipped")]
+        priced = {f"{max(study.noise)}, mpo {study.price}": world.noisiest | world.price} if world.price else {}
+        parts += [sweep_table(world.noise | priced, study.noise_methods, NOISE_PAIRS, "labels flipped")]
         parts += [reward_models_table(world)]
-        parts += [sweep_table(world.gamma, plan.gamma_methods, GAMMA_PAIRS, "gamma"), pushed_table(world)]
-    parts += ["## Collapses", collapse_list(worlds), "## Settings", settings_table(plan)]
-    write_text(plan.page, "\n\n".join(parts) + "\n")
-    print(f"page: {plan.page}")
+        parts += [sweep_table(world.gamma, study.gamma_methods, GAMMA_PAIRS, "gamma"), pushed_table(world)]
+    parts += ["## Collapses", collapse_list(worlds), "## Settings", settings_table(study)]
+    write_text(study.page, "\n\n".join(parts) + "\n")
+    print(f"page: {study.page}")

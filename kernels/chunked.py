@@ -1,6 +1,6 @@
-"""The head in plain torch, some rows at a time: what remains where no compiled kernel can be had.
+"""The head in plain torch, a few rows at a time: the fallback where there is no compiled kernel.
 
-Never more than CHUNK logits exist; the backward pass computes them once more (1604.06174).
+Never more than CHUNK logits exist at once; the backward pass computes them again (1604.06174).
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels import reference
+from . import reference
 
 CHUNK = 2**22  # logits: 16 MB in fp32
 
 
 def takes(function: str, hidden: Tensor, weight: Tensor) -> bool:
-    """Whether the logits are too many to be held at once."""
+    """Whether there are too many logits to hold at once."""
     return len(hidden) * len(weight) > CHUNK
 
 
 def _by_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], *whole: Any) -> tuple[Tensor, ...]:
-    """`function` on a few of the N rows at a time; results joined."""
+    """`function` on a few of the N rows at a time, with its results concatenated."""
     size = max(1, CHUNK // len(whole[0]))
     parts = []
     for chunk in zip(*(tensor.split(size) for tensor in rows), strict=True):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.pieces import Pieces
+from .packing import Packing
 
 
 def linear(x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
@@ -37,20 +37,21 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _by_piece(x: Tensor, index: Tensor, heads: int) -> Tensor:
+def _by_segment(x: Tensor, index: Tensor, heads: int) -> Tensor:
     """(N, H_kv, d), at the places (S, T), each head as often as it takes to make `heads`: (S, heads, T, d)."""
     found = x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)  # (S, H_kv, T, d)
     return found.repeat_interleave(heads // found.shape[1], 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pieces: Pieces, bf16: bool) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bf16: bool) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, over the keys that each token sees; with bf16, q and k are rounded to it first."""
     if bf16:
         q, k = q.bfloat16().to(q.dtype), k.bfloat16().to(k.dtype)
-    H, at = q.shape[1], pieces.padded
-    keys, values = (_by_piece(x, torch.cat((at.before, at.own), 1), H) for x in (k, v))  # (S, H, P + T, d)
-    out = F.scaled_dot_product_attention(_by_piece(q, at.own, H), keys, values, attn_mask=pieces.mask(q.dtype))
-    return out.transpose(1, 2)[at.real]  # (N, H, d)
+    H, at = q.shape[1], packing.padded
+    visible = torch.cat((at.parent_index, at.own_index), 1)  # (S, P + T)
+    keys, values = (_by_segment(x, visible, H) for x in (k, v))  # (S, H, P + T, d)
+    out = F.scaled_dot_product_attention(_by_segment(q, at.own_index, H), keys, values, attn_mask=packing.mask(q.dtype))
+    return out.transpose(1, 2)[at.token_mask]  # (N, H, d)
 
 
 class KVCache:
@@ -64,12 +65,12 @@ class KVCache:
         self.longest = 0  # no row has more, as the CPU knows without asking the device
         self.filled = 0  # rows that have begun
 
-    def fill(self, layer: int, k: Tensor, v: Tensor, pieces: Pieces) -> None:
+    def fill(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> None:
         """Store the beginnings of the next rows: keys and values (N, H_kv, d) of S roots."""
-        at = pieces.padded
-        rows = slice(self.filled, self.filled + len(at.own))
+        at = packing.padded
+        rows = slice(self.filled, self.filled + len(at.own_index))
         for store, x in zip(self.store[layer], (k, v), strict=True):
-            store[rows, : at.own.shape[1]] = x[at.own].to(store.dtype)
+            store[rows, : at.own_index.shape[1]] = x[at.own_index].to(store.dtype)
 
     def begin(self, lengths: Tensor) -> None:
         """Once all layers have stored the beginnings of S rows: they have these lengths (S,)."""
@@ -178,64 +179,3 @@ def sample_tokens(hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: 
     tokens = torch.searchsorted(cdf, uniform[:, None].float() * total, right=True)  # (N, 1)
     tokens = tokens.clamp(max=logps.shape[-1] - 1)
     return tokens.squeeze(-1), logps.gather(-1, tokens).squeeze(-1)
-
-
-# --- advantages: (B, R), one column a response token, mask True on real ones ------------------------
-
-
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the entries where mask is True; 0 where there are none."""
-    return (x * mask).sum() / mask.sum().clamp(min=1)
-
-
-def whiten(x: Tensor, mask: Tensor, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
-    """Shift and scale to mean 0 (or to the mean it had) and variance 1 over the mask; zero elsewhere."""
-    mean = masked_mean(x, mask)
-    centred = (x - mean) * mask
-    scaled = centred * torch.rsqrt(masked_mean(centred**2, mask) + eps)
-    return (scaled + mean) * mask if keep_mean else scaled
-
-
-def shape_rewards(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """Per-token rewards: -kl_coef * kl, plus the score at the last token.
-
-    Source: 2203.02155, section 3.5. score (B,); kl, an estimate per token, and the result (B, R).
-    """
-    last = mask.sum(1) - 1
-    rewards = -kl_coef * kl * mask
-    return rewards.index_put((torch.arange(len(score), device=score.device), last), score, accumulate=True)
-
-
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (1506.02438, eq. 11) and the returns A + V.
-
-    A_t = sum_k (gamma lam)^k delta_{t+k},  delta_t = r_t + gamma V_{t+1} - V_t; V after the last
-    token is 0. Returns two (B, R) tensors, zero where the mask is False.
-    """
-    values = values * mask
-    advantages = torch.zeros_like(rewards)
-    running = torch.zeros(len(rewards), dtype=rewards.dtype, device=rewards.device)
-    following = torch.zeros_like(running)  # V_{t+1}
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        running = (delta + gamma * lam * running) * mask[:, t]
-        advantages[:, t], following = running, values[:, t]
-    return advantages, (advantages + values) * mask
-
-
-def advantages(
-    score: Tensor,
-    kl: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    kl_coef: float,
-    gamma: float,
-    lam: float,
-    whiten_rewards: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shaped rewards, whitened where that is wanted; GAE of them; the same whitened."""
-    rewards = shape_rewards(score, kl, mask, kl_coef)
-    if whiten_rewards:
-        rewards = whiten(rewards, mask, keep_mean=True)
-    found, returns = gae(rewards, values, mask, gamma, lam)
-    return found, returns, whiten(found, mask)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpo.model import Llama, LlamaConfig, initialise
-from mpo.randomness import generator
-from mpo.tokenizer import Tokenizer, train_tokenizer
+from mpo.data.tokenizer import Tokenizer, train_tokenizer
+from mpo.model.llama import Llama, LlamaConfig, initialise
+from mpo.runtime.seeding import generator
 from mpo.world.build import build
-from tests.programs import ROOT, run_script
+from tests.support.scripts import ROOT, run_script
 
 SHARED = ROOT.parent / "shared"
 STORIES = SHARED / "models" / "stories260K"

@@ -8,17 +8,18 @@ import re
 import pytest
 
 import train_dpo
-from mpo import losses
-from mpo.checkpoint import save_model
-from mpo.config import DPOConfig, parse
+from mpo.config import DPOConfig
 from mpo.data.rows import write_rows
-from mpo.files import read_json
-from mpo.losses import PREFERENCE_LOSSES
+from mpo.model.checkpoint import save_model
+from mpo.preference import losses
+from mpo.preference.losses import PREFERENCE_LOSSES
+from mpo.runtime.files import read_json
+from mpo.runtime.flags import parse
 from mpo.world import hh
 from mpo.world.build import ANNOTATORS, NEAR, build
 from mpo.world.gold import BEST, WORST
 from tests.conftest import small_model
-from tests.programs import ROOT
+from tests.support.scripts import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -71,8 +72,8 @@ def test_your_own_loss_in_five_lines(tmp_path, monkeypatch, tokenizer):
     page = (ROOT / "docs" / "losses.md").read_text()
     example = re.search(r"## Add your own loss in five lines.*?```python\n(.*?)```", page, re.DOTALL)[1]
     assert len([line for line in example.splitlines() if line.strip()]) <= 5
-    monkeypatch.setattr("mpo.losses.PREFERENCE_LOSSES", dict(PREFERENCE_LOSSES))
-    monkeypatch.setattr("mpo.objective.PREFERENCE_LOSSES", losses.PREFERENCE_LOSSES)
+    monkeypatch.setattr("mpo.preference.losses.PREFERENCE_LOSSES", dict(PREFERENCE_LOSSES))
+    monkeypatch.setattr("mpo.preference.objective.PREFERENCE_LOSSES", losses.PREFERENCE_LOSSES)
     exec(compile(example, "docs/losses.md", "exec"), {})
     model = small_model(vocab_size=tokenizer.size, bos_token_id=1, eos_token_id=2, pad_token_id=3)
     save_model(tmp_path / "model", model)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from mpo.checkpoint import load_scalar
 from mpo.data.batches import encode
 from mpo.data.rows import read_rows
-from mpo.files import read_json, sha256
-from mpo.scoring import score_all
-from mpo.tokenizer import load_tokenizer
+from mpo.data.tokenizer import load_tokenizer
+from mpo.model.checkpoint import load_scalar
+from mpo.model.scoring import score_all
+from mpo.runtime.files import read_json, sha256
 from tests.conftest import SMALL, STORIES, needs_stories, run_pipeline
-from tests.programs import ROOT, run_script
+from tests.support.scripts import ROOT, run_script
 
 
 def weights(run: Path) -> dict[str, str]:
@@ -100,9 +100,9 @@ def test_dpo_variants(hh_run, tmp_path, flags):
         "--advantage rloo --group 2",
         "--advantage grpo --group 4 --kl_in loss --kl_estimator k3",
         "--advantage dr_grpo --group 4 --kl_in loss --kl_estimator exact",
-        "--advantage reinforce++ --ref_rate 1",
-        "--shared_critic true --bf16 true",
-        "--whiten_rewards true --clip_score 1 --kl_estimator exact --limit 10 --kl_target 1 --keep 1",
+        "--advantage reinforce++",
+        "--shared_critic true --precision bf16-mixed",
+        "--kl_estimator exact --limit 10 --kl_target 1 --keep 1",
     ],
 )
 def test_ppo_variants(hh_run, tmp_path, flags):
@@ -112,13 +112,10 @@ def test_ppo_variants(hh_run, tmp_path, flags):
     prompts = ("--prompts", hh_run / "split" / "prompts.jsonl")
     warmup = ("--critic_warmup", 0)
     run_script("train_ppo.py", *prompts, *models, "--out", out, *sizes, *warmup, *flags.split())
-    first, second = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    first, _ = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
     assert ("explained_variance" in first) == ("--advantage" not in flags)
     assert first["ratio"] == pytest.approx(1, abs=0.05)
     assert first["policy_grad_norm"] > 0
-    if "--ref_rate" in flags:  # the reference has become the policy
-        assert first["kl_exact"] > 1e-4
-        assert second["kl_exact"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_microbatch_of_ppo_changes_nothing_but_rounding(hh_run, tmp_path):

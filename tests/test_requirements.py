@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.programs import ROOT
+from tests.support.scripts import ROOT
 
 sys.path.insert(0, str(ROOT / "requirements"))
 import pick

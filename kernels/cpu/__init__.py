@@ -1,4 +1,4 @@
-"""Compiled kernels for CPUs: C++ (../cpp), and the torch functions around it."""
+"""Compiled kernels for CPUs: the C++ of ../cpp, called through ctypes, with gradients from ../autograd.py."""
 
 from __future__ import annotations
 
@@ -7,24 +7,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kernels import head as _autograd
-from kernels import products as _products
-from kernels.cpu import head as _compiled
-from kernels.cpu.advantages import advantages as advantages
-from kernels.cpu.cache import KVCache as KVCache
-from kernels.cpu.decode import decoder as decoder
-from kernels.cpu.head import sample_tokens as sample_tokens
-from kernels.cpu.layers import attention as attention
-from kernels.cpu.layers import rms_norm as rms_norm
-from kernels.cpu.layers import rotate as rotate
-from kernels.cpu.layers import swiglu as swiglu
+from .. import autograd
+from . import head, layers
+from .generation import Decoder as decoder
+from .generation import KVCache as KVCache
+from .head import sample_tokens as sample_tokens
 
-FEW = 64  # rows from which a product is worth packing its weight for
+FEW = 64  # rows; a product of fewer is not worth packing the weight for
 HEAD = ("token_logprobs", "policy_reference", "sample_tokens")
 
 
 def takes(function: str, one: Tensor, other: Tensor) -> bool:
-    """Whether the compiled kernels are for these tensors: on a CPU and alike; fp32, or bf16 at the head."""
+    """Whether a kernel takes these tensors: on the CPU, of one dtype; fp32, or at the head also bf16."""
     if one.device.type != "cpu" or one.dtype != other.dtype:
         return False
     if function == "linear" and one.numel() < FEW * one.shape[-1]:
@@ -32,6 +26,13 @@ def takes(function: str, one: Tensor, other: Tensor) -> bool:
     return one.dtype == torch.float32 or (one.dtype == torch.bfloat16 and function in HEAD)
 
 
-linear = partial(_products.linear, _compiled)
-token_logprobs = partial(_autograd.token_logprobs, _compiled)
-policy_reference = partial(_autograd.policy_reference, _compiled)
+linear = partial(autograd.linear, head)
+rms_norm = partial(autograd.rms_norm, layers)
+swiglu = partial(autograd.swiglu, layers)
+rotate = partial(autograd.rotate, layers)
+attention = partial(autograd.attention, layers)
+token_logprobs = partial(autograd.token_logprobs, head)
+policy_reference = partial(autograd.policy_reference, head)
+
+__all__ = ["KVCache", "attention", "decoder", "linear", "policy_reference", "rms_norm", "rotate", "sample_tokens"]
+__all__ += ["swiglu", "takes", "token_logprobs"]

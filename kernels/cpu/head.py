@@ -1,13 +1,13 @@
-"""The head's kernels (cpp/logprobs.cpp, sampling.cpp), which kernels/head.py makes differentiable."""
+"""The head's kernels (../cpp/logprobs.cpp, sampling.cpp); ../autograd.py gives them gradients."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kernels.constant import are_constant
-from kernels.cpu.binding import call, packed
-from kernels.cpu.binding import matmul as matmul
+from .. import weight_cache
+from .library import call, packed
+from .library import matmul as matmul
 
 
 def _bf16(hidden: Tensor) -> int:
@@ -57,7 +57,7 @@ def sample_tokens(hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: 
     hidden, weight, uniform = hidden.contiguous(), weight.contiguous(), uniform.float().contiguous()
     (N, D), V = hidden.shape, len(weight)
     tokens, logp = torch.empty(N, dtype=torch.long), torch.empty(N)
-    ready = packed(weight, hidden.dtype == torch.bfloat16) if are_constant() else None
+    ready = packed(weight, hidden.dtype == torch.bfloat16) if weight_cache.is_active() else None
     shape = N, D, V, _bf16(hidden), float(temperature), torch.get_num_threads()
     call("sample_tokens", hidden, weight, ready, uniform, *shape, tokens, logp)
     return tokens, logp

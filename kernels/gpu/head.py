@@ -1,11 +1,11 @@
-"""The head's kernels on GPUs (programs.py), which kernels/head.py makes differentiable."""
+"""The head's kernels on GPUs (programs.py); ../autograd.py gives them gradients."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from kernels.gpu import programs
+from . import programs
 
 BM, BV, BK = 16, 64, 32  # a tile of logits, and how much of D at a time
 PROGRAMS = 512  # that keep a large GPU busy

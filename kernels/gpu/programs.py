@@ -125,20 +125,3 @@ def pick(
     token = tl.where(first < V, first, last)
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(picked + row, tl.sum(tl.where(columns == token, z, 0.0), 0))
-
-
-@triton.jit
-def backwards(score, kl, values, lengths, shift, scale, out, returns, R, kl_coef, gamma, lam):
-    """GAE of one row: rewards -kl_coef kl, plus the score at the last token, less shift, times scale, plus shift."""
-    row = tl.program_id(0)
-    n = tl.load(lengths + row)
-    mean, inverse = tl.load(shift), tl.load(scale)
-    running, following = 0.0, 0.0
-    for i in range(n):
-        at = row * R + n - 1 - i
-        reward = -kl_coef * tl.load(kl + at) + tl.where(i == 0, tl.load(score + row), 0.0)
-        value = tl.load(values + at)
-        running = (reward - mean) * inverse + mean + gamma * following - value + gamma * lam * running
-        following = value
-        tl.store(out + at, running)
-        tl.store(returns + at, running + value)

@@ -1,1 +1,1 @@
-"""Preference rows in every format the project reads, and batches made of them."""
+"""Preference rows in every format the project reads, tokenizers, and batches."""

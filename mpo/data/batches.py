@@ -1,4 +1,4 @@
-"""From rows to token ids that fit, to batches: packed end to end, masks from lengths."""
+"""From rows to token ids that fit the limits, and from these to packed batches with masks made from lengths."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import Pieces
-from mpo import device
 from mpo.data.hh import HUMAN
 from mpo.data.rows import Row
-from mpo.errors import InputError
-from mpo.randomness import generator
-from mpo.tokenizer import Tokenizer
+from mpo.data.tokenizer import Tokenizer
+from mpo.kernels.packing import Packing
+from mpo.runtime import device
+from mpo.runtime.errors import InputError
+from mpo.runtime.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,29 @@ class Pair:
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences, prompt then response, packed without padding; M is the number of response tokens."""
+    """B sequences, each a prompt and a response, packed without padding. M is the number of response tokens."""
 
     sequences: Sequence[tuple[list[int], list[int]]]
     ids: Tensor  # (N,) int64
-    pieces: Pieces  # prompts, each followed by its responses
+    packing: Packing  # of prompts, each followed by its responses
     response_mask: Tensor  # (B, R): True on the tokens of each response; column 0 is its first token
-    response_tokens: Tensor  # (M,): where they stand in `ids`, response by response
-    before: Tensor  # (M,): where the token before each of them stands, whose hidden state predicts it
-    last: Tensor  # (B,): where each sequence's last token stands
+    response_tokens: Tensor  # (M,): positions of these tokens in `ids`, response by response
+    predictors: Tensor  # (M,): position of the token before each of them, whose hidden state predicts it
+    last: Tensor  # (B,): position of each sequence's last token
 
     def rows(self, index: Sequence[int]) -> Batch:
         """Some of the sequences."""
         return make_batch([self.sequences[i] for i in index])
 
-    def spread(self, values: Tensor) -> Tensor:
-        """One value a response token (M,) as (B, R), zero where the mask is False; differentiable."""
+    def unpack(self, values: Tensor) -> Tensor:
+        """Values of the response tokens (M,) as (B, R), zero where the mask is False; differentiable."""
         zeros = torch.zeros(self.response_mask.shape, dtype=values.dtype, device=values.device)
         return zeros.masked_scatter(self.response_mask, values)
 
 
 def make_batch(sequences: Sequence[tuple[list[int], list[int]]], share: bool = True) -> Batch:
-    """Pack (prompt ids, response ids) sequences; with `share`, equal prompts stand there once."""
-    families: dict[tuple[int, ...], list[int]] = {}  # by prompt, the numbers of the sequences that have it
+    """Pack (prompt ids, response ids) sequences; with `share`, a prompt that several of them have is stored once."""
+    families: dict[tuple[int, ...], list[int]] = {}  # prompt -> the sequences that have it
     for i, (prompt, _) in enumerate(sequences):
         families.setdefault(tuple(prompt) if share else (i,), []).append(i)
     texts, parents, roots, children = list[list[int]](), list[int](), [0] * len(sequences), [0] * len(sequences)
@@ -64,29 +64,29 @@ def make_batch(sequences: Sequence[tuple[list[int], list[int]]], share: bool = T
             roots[i], children[i] = root, len(texts)
             texts.append(sequences[i][1])
             parents.append(root)
-    here = device.here()
-    pieces = Pieces([len(text) for text in texts], parents, here)
-    lengths, starts = pieces.lengths[children], pieces.starts[children]  # (B,) each, of the responses
+    here = device.current()
+    packing = Packing([len(text) for text in texts], parents, here)
+    lengths, starts = packing.lengths[children], packing.starts[children]  # (B,) each, of the responses
     steps = torch.arange(int(lengths.max()))  # (R,)
     mask = steps < lengths[:, None]  # (B, R)
     tokens = starts[:, None] + steps  # (B, R)
-    before = torch.where(steps > 0, tokens - 1, pieces.last[roots][:, None])
+    before = torch.where(steps > 0, tokens - 1, packing.last[roots][:, None])
     ids = torch.tensor([token for text in texts for token in text])
-    parts = ids, mask, tokens[mask], before[mask], pieces.last[children]
+    parts = ids, mask, tokens[mask], before[mask], packing.last[children]
     ids, mask, tokens, before, last = (part.to(here) for part in parts)
-    return Batch(sequences, ids, pieces, mask, tokens, before, last)
+    return Batch(sequences, ids, packing, mask, tokens, before, last)
 
 
 def pair_batch(pairs: Sequence[Pair]) -> Batch:
-    """Chosen sequences first, then rejected ones, so that one forward scores both: 2B rows, B prompts."""
+    """Chosen sequences first, then rejected ones, so that one forward pass scores both: 2B rows, B prompts."""
     chosen = [(p.prompt, p.chosen) for p in pairs]
     return make_batch(chosen + [(p.prompt, p.rejected) for p in pairs])
 
 
 def fit_prompt(prompt: str, tokenizer: Tokenizer, most: int) -> tuple[list[int], int]:
-    """The prompt's ids, without as many of its oldest turns as it takes to fit; and how many.
+    """The prompt's ids without as many of its oldest turns as it takes to fit, and how many turns that is.
 
-    Returns ([], 0) for a prompt that does not fit even so: it has to be dropped.
+    Returns ([], 0) for a prompt that does not fit even then, and has to be dropped.
     """
     ids, cut = tokenizer.prompt_ids(prompt), 0
     while len(ids) > most:
@@ -101,9 +101,11 @@ def fit_prompt(prompt: str, tokenizer: Tokenizer, most: int) -> tuple[list[int],
 def encode(
     rows: Sequence[Row], tokenizer: Tokenizer, max_prompt: int, max_response: int
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Tokenise rows; what does not fit is cut (old turns) or dropped, and counted by reason.
+    """Tokenise rows. Those that do not fit are cut (old turns) or dropped, and counted by reason.
 
-    A response is never cut, since it would lose its EOS and teach the model not to stop.
+    A response is never cut: it would lose its EOS and teach the model not to stop.
+
+    Raises InputError where no row is left.
     """
     pairs, counts = [], Counter[str]()
     for row in rows:
@@ -125,7 +127,32 @@ def encode(
 
 
 def shuffled_batches(pairs: Sequence[Pair], batch: int, seed: int, epoch: int) -> Iterator[list[Pair]]:
-    """One epoch in full batches, in random order; a short rest is left out."""
+    """One epoch in full batches, in random order; rows that fill no batch are left out."""
     order = torch.randperm(len(pairs), generator=generator(seed, "order", epoch)).tolist()
     for start in range(0, len(pairs) - batch + 1, batch):
         yield [pairs[i] for i in order[start : start + batch]]
+
+
+def training_batches(pairs: Sequence[Pair], batch: int, epochs: float, seed: int, steps: int = 0) -> list[list[Pair]]:
+    """All batches of a stage in order: `steps` of them, or as many as `epochs` (or a part of one) make.
+
+    Raises InputError where the rows do not fill one batch.
+    """
+    if len(pairs) < batch:
+        raise InputError(f"{len(pairs)} rows do not fill one batch of {batch}; lower --batch or bring more rows")
+
+    def forever() -> Iterator[list[Pair]]:
+        epoch = 0
+        while True:
+            yield from shuffled_batches(pairs, batch, seed, epoch)
+            epoch += 1
+
+    per_epoch = sum(1 for _ in shuffled_batches(pairs, batch, seed, 0))
+    endless = forever()
+    return [next(endless) for _ in range(steps or max(1, round(per_epoch * epochs)))]
+
+
+def left_out(pairs: Sequence[Pair], batch: int) -> dict[str, int]:
+    """How many rows each epoch leaves out, different ones each time, since they fill no batch."""
+    rest = len(pairs) % batch
+    return {"left out of each epoch: no full batch": rest} if rest else {}

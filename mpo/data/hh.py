@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.data.rows import Row, read_jsonl, text_field
-from mpo.errors import InputError
+from mpo.runtime.errors import InputError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mpo.errors import InputError
-from mpo.files import write_text
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import write_text
 
 LONGEST_LINE = 16 << 20  # characters
 

@@ -1,7 +1,7 @@
 """The gold reward: what an answer is truly worth, as a pure function of the text.
 
 Only the simulated annotators and the final evaluation may call it; no training stage imports
-this module (tests/test_gold.py checks that). Every term is listed in docs/world.md.
+this module (tests/world/test_gold.py checks that). Every term is listed in docs/world.md.
 """
 
 from __future__ import annotations

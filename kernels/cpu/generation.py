@@ -1,0 +1,75 @@
+"""Generation: the KV cache (../cpp/cache.h), and one token of each row through all layers (../cpp/decode.cpp)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..packing import Packing
+from ..reference import LayerWeights
+from .library import call, packed
+
+BLOCK = 16  # the room of a row is a multiple of this, which every processor's vector length divides
+
+
+class KVCache:
+    """See reference.py. A row keeps its slot, so that a row that leaves costs no copy."""
+
+    def __init__(
+        self, layers: int, rows: int, length: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.heads, self.dim, self.length = heads, dim, -(-length // BLOCK) * BLOCK
+        self.keys, self.values = torch.zeros(2, layers, rows, heads, self.length, dim, dtype=dtype, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
+        self.slots = torch.arange(rows)  # (B,): where each row lies in keys and values
+        self.filled = 0
+
+    def fill(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> None:
+        """See reference.py."""
+        S, bf16 = len(packing.lengths), int(self.keys.dtype == torch.bfloat16)
+        sizes = S, self.heads, self.length, self.dim, bf16, torch.get_num_threads()
+        k, v = k.contiguous(), v.contiguous()
+        keys, values = self.keys[layer, self.filled :], self.values[layer, self.filled :]
+        call("cache_fill", keys, values, k, v, packing.lengths, *sizes)
+
+    def begin(self, lengths: Tensor) -> None:
+        """See reference.py."""
+        self.lengths[self.filled : self.filled + len(lengths)] = lengths
+        self.filled += len(lengths)
+        assert self.filled <= len(self.lengths)
+
+    def advance(self) -> None:
+        """See reference.py."""
+        self.lengths = self.lengths + 1
+        assert int(self.lengths.max()) <= self.length
+
+    def take(self, rows: Tensor) -> None:
+        """See reference.py. Copies only where a row is taken more than once."""
+        self.slots, self.lengths = self.slots[rows], self.lengths[rows]
+        if len(self.slots.unique()) < len(self.slots):
+            self.keys, self.values = self.keys[:, self.slots], self.values[:, self.slots]
+            self.slots = torch.arange(len(self.slots))
+
+
+class Decoder:
+    """See reference.decoder. The weights are packed once, here."""
+
+    def __init__(self, layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: KVCache, bf16: bool):
+        self.norm, self.eps, self.cache, self.bf16 = norm.contiguous(), eps, cache, bf16
+        self.weights = [[x.contiguous() if x.dim() == 1 else packed(x, bf16) for x in w] for w in layers]
+        F, D = layers[0].gate.shape
+        self.sizes = D, len(layers[0].q) // cache.dim, cache.heads, cache.dim, F
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """(B, D) -> (B, D)"""
+        cache, out = self.cache, torch.empty_like(x)
+        x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+        layers = zip(self.weights, cache.keys, cache.values, strict=True)  # asked anew: `take` may have moved the cache
+        pointers = torch.tensor([[t.data_ptr() for t in (*weights, keys, values)] for weights, keys, values in layers])
+        sizes = len(x), *self.sizes, self.eps, cache.length, int(cache.keys.dtype == torch.bfloat16), int(self.bf16)
+        state = cos, sin, cache.slots, cache.lengths
+        call("decode", x, pointers, len(pointers), self.norm, *state, *sizes, torch.get_num_threads(), out)
+        cache.advance()
+        return out

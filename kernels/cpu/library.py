@@ -1,0 +1,50 @@
+"""The compiled library, and how tensors are passed to it."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..build import library
+from ..weight_cache import derived
+
+PANEL = 32  # the columns of a tile are a part of this (cpp/vectors.h)
+_library = ctypes.CDLL(str(library()))  # OSError where it has not been built
+
+
+Argument = Tensor | int | float | None
+_types: dict[str, list[Any]] = {}
+
+
+def call(function: str, *arguments: Argument) -> None:
+    """Pass tensors as pointers; the caller keeps them alive, contiguous and of the right dtype."""
+    compiled = getattr(_library, function)
+    if function not in _types:  # declared once: generation makes thousands of calls a second
+        kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+        _types[function] = compiled.argtypes = [kinds.get(type(x), ctypes.c_void_p) for x in arguments]
+    compiled(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
+
+
+def matmul(a: Tensor, b: Tensor, bf16: bool = False) -> Tensor:
+    """(M, K) times (K, N), fp32 of any strides; with bf16 rounded to it, and summed in fp32."""
+    (M, K), N = a.shape, b.shape[1]
+    c = torch.empty(M, N)
+    call("matmul", a, b, c, M, N, K, *a.stride(), *b.stride(), int(bf16), torch.get_num_threads())
+    return c
+
+
+def packed(weight: Tensor, bf16: bool) -> Tensor:
+    """A weight (N, K) as products read it; cached within `constant_weights`."""
+
+    def pack(w: Tensor) -> Tensor:
+        (N, K), words = w.shape, (w.shape[1] + 1) // 2 if bf16 else w.shape[1]
+        out = torch.empty(-(-N // PANEL) * PANEL * words)
+        call(
+            "pack_weight", w.contiguous(), N, K, int(w.dtype == torch.bfloat16), int(bf16), torch.get_num_threads(), out
+        )
+        return out
+
+    return derived(f"packed, bf16: {bf16}", weight, pack)

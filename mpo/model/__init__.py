@@ -1,0 +1,1 @@
+"""Everything that a model does: transformer, LoRA, checkpoints, generation, log-probs, scores."""

@@ -1,0 +1,167 @@
+"""Models in and out in the Hugging Face layout: config.json, and safetensors with an index if there are several.
+
+Only safetensors and JSON are ever read or written, never pickle.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mpo.model import lora
+from mpo.model.hf_config import config_from_json, config_to_json
+from mpo.model.llama import Adapters, Llama, LlamaConfig, ScalarModel, new_score_head, rotary_frequencies
+from mpo.runtime import device, distributed
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import read_json, write_json, write_tensors
+
+M = TypeVar("M", Llama, ScalarModel)
+SHARD_BYTES = 4 << 30
+
+
+def save_model(folder: Path, model: Llama | ScalarModel, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write config.json and model.safetensors, or several shards with an index if the model is larger than one.
+
+    A language model opens in transformers as LlamaForCausalLM. A scalar model's head is `score.weight`; its
+    `score_mean` and `score_std` are this project's own. Adapters are merged into the weights; those of a language model
+    are also written to the subfolder `adapters`.
+    """
+    causal = isinstance(model, Llama)
+    distributed.reshard(model)
+    tensors = {name: t.detach() for name, t in model.state_dict().items() if ".lora_" not in name}
+    layers = {f"{name}.weight": layer for name, layer in lora.adapted(model).items()}
+    if causal and model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    shards: list[list[str]] = [[]]
+    for name, t in tensors.items():
+        size = sum(tensors[n].numel() * tensors[n].element_size() for n in shards[-1])
+        if shards[-1] and size + t.numel() * t.element_size() > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    for i, shard in enumerate(shards):
+        complete = {n: layers[n].merged() if n in layers else distributed.full_tensor(tensors[n]) for n in shard}
+        write_tensors(folder / _shard_name(i, len(shards)), complete)
+    if len(shards) > 1:
+        where = {name: _shard_name(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
+        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+    if isinstance(model, Llama) and model.adapters:
+        lora.save_adapters(folder / "adapters", model)
+    write_json(
+        folder / "config.json",
+        config_to_json(model.config, "LlamaForCausalLM" if causal else "MPOScalarModel", model.model.norm.weight.dtype),
+    )
+
+
+def _shard_name(i: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. Raises InputError for a name in the index that leads out of the folder."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    if not index.exists():
+        raise InputError(f"{folder}: holds neither model.safetensors nor model.safetensors.index.json")
+    where = read_json(index)
+    where = where.get("weight_map") if isinstance(where, dict) else None
+    if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+        raise InputError(f"{index}: weight_map must map tensor names to file names")
+    for name in set(where.values()):
+        if not re.fullmatch(r"[\w.-]{1,200}\.safetensors", name):
+            raise InputError(f"{index}: {name!r} is not a safetensors file of this folder")
+    return [folder / name for name in sorted(set(where.values()))]
+
+
+class Tensors:
+    """The tensors of a folder's safetensors files, by name. Only headers are read until a tensor is asked for."""
+
+    def __init__(self, folder: Path):
+        """Raises InputError for a missing or damaged file."""
+        self.folder, self.files, self.where = folder, dict[Path, Any](), dict[str, Path]()
+        for path in _files(folder):
+            if not path.is_file():
+                raise InputError(f"{path}: no such file, though the index names it")
+            try:
+                self.files[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as e:
+                raise InputError(f"{path}: not a whole safetensors file ({e})") from None
+            self.where |= dict.fromkeys(self.files[path].keys(), path)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor that exists."""
+        return tuple(self.files[self.where[name]].get_slice(name).get_shape())
+
+    def read(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor in this dtype. Raises InputError where it does not hold finite floating-point numbers."""
+        tensor: Tensor = self.files[self.where[name]].get_tensor(name)
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+            raise InputError(f"{self.where[name]}: {name} holds numbers that are not finite, or {tensor.dtype}")
+        return tensor.to(dtype, copy=True)  # otherwise it would be a view of the mapped file
+
+
+def _load(
+    kind: type[M],
+    folder: Path,
+    adapters: Adapters | None,
+    new: Callable[[LlamaConfig], dict[str, Tensor]] = lambda config: {},
+) -> M:
+    """A model from a folder, except for `new` weights. Shapes are compared before anything of its size is allocated."""
+    config, tensors = config_from_json(folder / "config.json"), Tensors(folder)
+    if config.num_hidden_layers > len(tensors.where):
+        raise InputError(f"{folder}: config.json says {config.num_hidden_layers} layers, the files hold fewer tensors")
+    with torch.device("meta"):
+        model = kind(config)
+    if adapters:
+        lora.attach(model, adapters)
+    given = new(config) | (lora.first_values(model, adapters) if adapters else {})
+    wanted = {name: t for name, t in model.state_dict().items() if name not in given}
+    tied = isinstance(model, Llama) and config.tie_word_embeddings
+    if tied:
+        del wanted["lm_head.weight"]
+    for name, where in tensors.where.items():
+        if name not in wanted:
+            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+                continue  # a tied head that was written, too, or a buffer of old checkpoints
+            raise InputError(f"{where}: unexpected tensor {name!r} for a {kind.__name__}")
+        shape, expected = tensors.shape(name), tuple(wanted[name].shape)
+        if shape != expected:
+            raise InputError(f"{where}: {name} is {shape}, config.json says {expected}")
+    if missing := wanted.keys() - tensors.where.keys():
+        raise InputError(f"{folder}: lacks {len(missing)} tensors, first {min(missing)!r}")
+    distributed.shard(model)
+    for name, empty in model.state_dict().items():
+        if name in wanted or name in given:
+            dtype = torch.float32 if name.startswith("score") else device.weight_dtype()
+            read = given[name] if name in given else tensors.read(name, dtype)
+            part = distributed.distribute_like(read.to(device.current()), empty)
+            model.load_state_dict({name: part}, strict=False, assign=True)
+    if isinstance(model, Llama) and tied:
+        model.tie()
+    model.model.frequencies = rotary_frequencies(config).to(device.current())
+    return model if adapters else model.requires_grad_(True)
+
+
+def load_model(folder: str | Path, adapters: Adapters | None = None) -> Llama:
+    """Load a language model from a folder in the Hugging Face layout, with new adapters if asked for.
+
+    Raises InputError, in one line, for a folder that is missing, damaged, inconsistent or not supported.
+    """
+    return _load(Llama, Path(folder), adapters)
+
+
+def load_scalar(folder: str | Path) -> ScalarModel:
+    """Load a scalar model (reward model or critic) that `save_model` wrote."""
+    return _load(ScalarModel, Path(folder), None)
+
+
+def load_as_scalar(folder: str | Path, generator: torch.Generator, adapters: Adapters | None = None) -> ScalarModel:
+    """Load a language model's trunk with an untrained scalar head."""
+    return _load(ScalarModel, Path(folder), adapters, lambda config: new_score_head(config, generator))

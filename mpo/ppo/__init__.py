@@ -1,0 +1,1 @@
+"""PPO: equations, rewards, rollout, update."""

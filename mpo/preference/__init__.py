@@ -1,0 +1,1 @@
+"""Everything that is computed on pairs: losses, objective, reward-gap split."""

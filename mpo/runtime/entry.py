@@ -1,0 +1,79 @@
+"""How a program starts, with its flags, and how it ends: every early end is one line and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mpo.runtime import distributed, signals
+from mpo.runtime.errors import Ending, InputError, RunError
+from mpo.runtime.flags import parse
+
+check_only = False
+"""Set by mpo.tools.check: every program ends once its flags have been checked."""
+
+
+def run(
+    main: Callable[[Any], None],
+    config_class: type,
+    check: Callable[[Any], None] | None = None,
+    plan: Callable[[Any], None] | None = None,
+) -> None:
+    """Run a stage script on its flags.
+
+    Args:
+        main: the stage.
+        config_class: the dataclass whose fields are its flags (mpo/config.py).
+        check: raises InputError for flags that contradict each other; called before `main`, and reads no file.
+        plan: prints the memory that the stage would take; called instead of `main` for --plan true.
+    """
+
+    def go(argv: list[str]) -> None:
+        config: Any = parse(config_class, argv)
+        if check:
+            check(config)
+        if check_only:
+            return
+        if getattr(config, "plan", False):
+            if plan is None:
+                raise InputError("--plan: this stage has no memory plan (docs/extending.md)")
+            plan(config)
+        else:
+            main(config)
+
+    run_plain(go)
+
+
+def run_plain(main: Callable[[list[str]], None]) -> None:
+    """Run a program on its arguments; every early end is one line and an exit status (errors.py)."""
+    signals.install()
+    try:
+        main(sys.argv[1:])
+        distributed.leave()
+    except Ending as e:
+        _end({InputError: "error: ", RunError: "stopped: "}.get(type(e), "") + str(e), e.status)
+    except OSError as e:
+        _end(f"stopped: {e.filename or 'a file'}: {e.strerror or e}", 1)
+    except RuntimeError as e:
+        if not distributed.lost_a_peer(e):
+            raise
+        if "MPO_LAUNCHED" in os.environ:  # launch.py says which process died, as soon as it notices
+            signals.ignore()
+            time.sleep(2)
+            os._exit(1)
+        _end("stopped: another process of this job has ended; the same command goes on from the last save", 1)
+
+
+def _end(line: str, status: int) -> NoReturn:
+    """Print the last line of this program, in only one of several processes, and exit."""
+    signals.ignore()
+    if distributed.has_the_last_word():
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if distributed.world_size() > 1:
+        os._exit(status)  # the other processes cannot be waited for
+    sys.exit(status)

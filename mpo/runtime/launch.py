@@ -1,0 +1,57 @@
+"""Start a stage in several processes on this machine: python -m mpo.runtime.launch 2 train_sft.py --out ...
+
+This uses torchrun's own engine, but shares out the cores, prints less, and makes the reason for an early end the last
+line. For several machines use torchrun itself (docs/processes.md).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+from mpo.runtime.entry import run_plain
+from mpo.runtime.errors import InputError, Interrupted, RunError
+
+
+def main(argv: list[str]) -> None:
+    """Run argv[1:] in argv[0] processes. Raises InputError for a wrong number, RunError if a process is killed."""
+    if len(argv) < 2 or not argv[0].isdigit() or not 0 < int(argv[0]) < 1 << 10:
+        raise InputError("expected a number of processes and a script: python -m mpo.runtime.launch 2 train_sft.py")
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    processes = int(argv[0])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ["MPO_LAUNCHED"] = "1"  # tells the processes that this program reports which one was killed
+    config = LaunchConfig(
+        1,
+        1,
+        processes,
+        max_restarts=0,
+        run_id="mpo",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*argv[1:])
+    except SignalException as e:
+        raise Interrupted(int(e.sigval)) from None
+    except ChildFailedError as e:
+        # The process that died first is the one to name, not those that the engine then ended with SIGTERM.
+        ends = ((failure.exitcode == -signal.SIGTERM, failure.exitcode, rank) for rank, failure in e.failures.items())
+        _, status, rank = min(ends)
+        if status > 0:
+            sys.exit(status)  # the process itself has said why
+        name = signal.Signals(-status).name
+        raise RunError(
+            f"process {rank} of {processes} was killed ({name}); the same command goes on from the last save"
+        ) from None
+
+
+if __name__ == "__main__":
+    run_plain(main)

@@ -1,0 +1,123 @@
+"""Fetch the official HH-RLHF files: `make data/hh-rlhf`, or python -m mpo.data.download FOLDER.
+
+The two base tranches, from Anthropic's own repository at a fixed commit. A file is checked
+before it gets its name; a broken download goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mpo.runtime.entry import run_plain
+from mpo.runtime.errors import InputError
+
+COMMIT = "354e5c3cb8960630860dd5774a6ac2a58313bf4d"
+LARGE = f"https://media.githubusercontent.com/media/anthropics/hh-rlhf/{COMMIT}/"
+PLAIN = f"https://raw.githubusercontent.com/anthropics/hh-rlhf/{COMMIT}/"
+MIRROR = "MPO_HH_URL"  # environment: another address that serves the same files
+
+
+@dataclass(frozen=True)
+class File:
+    """A file to fetch: its size where it is published, and a hash of one of two kinds.
+
+    "sha256" is of the content (as in the repository's large-file pointers); "git" is the
+    repository's own blob id, sha1("blob <size>\\0" + content), which covers the size too.
+    """
+
+    path: str
+    base: str
+    kind: str
+    digest: str
+    size: int | None = None
+
+
+FILES = (
+    File(
+        "helpful-base/train.jsonl.gz",
+        LARGE,
+        "sha256",
+        "518a5bf288456fc9f3b7c980c54116fba0c52f274d3f4d344675d83e4058f6f4",
+        16200131,
+    ),
+    File(
+        "helpful-base/test.jsonl.gz",
+        LARGE,
+        "sha256",
+        "8be3fc1a13b27901631696f2be6f184c799f1baeaf145f53ac5db24960adc37b",
+        875191,
+    ),
+    File("harmless-base/train.jsonl.gz", PLAIN, "git", "df7c90b1bbd6093bda9c996e8aab9a46fa557dcf"),
+    File("harmless-base/test.jsonl.gz", PLAIN, "git", "a616e6a27660ded23c5ce0e585a3e4cf0d761f0e", 742801),
+)
+
+
+def check(file: File, content: Path) -> str:
+    """Why this content is not the file it should be; "" when it is."""
+    size = content.stat().st_size
+    if file.size is not None and size != file.size:
+        return f"{size} bytes instead of {file.size}"
+    digest = hashlib.sha256() if file.kind == "sha256" else hashlib.sha1(b"blob %d\0" % size)
+    with content.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return "" if digest.hexdigest() == file.digest else f"{file.kind} hash {digest.hexdigest()} is not the official one"
+
+
+def fetch(file: File, folder: Path, base: str) -> None:
+    """Download one file unless it is there already; resume a part that an earlier try left.
+
+    Errors: InputError without a network (naming what to do) or when the content is wrong.
+    """
+    target = folder / file.path
+    if target.exists() and not check(file, target):
+        return
+    partial = target.with_name(target.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    have = partial.stat().st_size if partial.exists() else 0
+    shown = re.sub(r"//[^/@]*@", "//", base) + file.path  # a mirror's password stays out of messages
+    request = urllib.request.Request(base + file.path, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            resumed = reply.status == 206  # a server that ignores Range sends the whole file
+            rest = int(reply.headers.get("Content-Length") or 0)
+            start = have if resumed else 0
+            bar = tqdm(desc=file.path, total=start + rest or None, initial=start, unit="B", unit_scale=True)
+            with partial.open("ab" if resumed else "wb") as out, bar:
+                while block := reply.read(1 << 16):
+                    out.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as e:
+        if e.code != 416:  # 416: nothing is left to send, the part is whole
+            raise InputError(f"{shown}: the server answered {e.code} {e.reason}") from None
+    except OSError as e:
+        reason = getattr(e, "reason", None) or e
+        raise InputError(
+            f"{shown}: no connection ({reason}). Run the same command again to resume; without a "
+            f"network, copy the official files to {folder}/<subset>/, or use the built-in world: make hh DATA=builtin"
+        ) from None
+    if wrong := check(file, partial):
+        partial.unlink()
+        raise InputError(f"{target}: {wrong}; the download was thrown away, run the same command again")
+    partial.replace(target)
+
+
+def main(argv: list[str]) -> None:
+    """Fetch every file into the folder named on the command line."""
+    if len(argv) != 1:
+        raise InputError("usage: python -m mpo.data.download FOLDER")
+    for file in FILES:
+        fetch(file, Path(argv[0]), os.environ.get(MIRROR) or file.base)
+    print(f"{argv[0]}: {len(FILES)} official files, sizes and hashes checked")
+
+
+if __name__ == "__main__":
+    run_plain(main)

@@ -1,0 +1,1 @@
+"""The loop that SFT, reward model and DPO share, optimisers, guards."""

@@ -1,0 +1,226 @@
+"""The experiments: what is run once, what a verdict is, and that the study says what the protocol says."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from experiments import ablate, claims, grid, judgement, page
+from experiments.grid import Cell, read_results, run_cells
+from experiments.judgement import World, collapsed, fall, verdict
+from experiments.statistics import Contrast
+from experiments.study import FIRST_STAGE, FULL, REDUCED, TRIALS, TUNED
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import write_json
+from mpo.runtime.flags import parse
+from tests.support.scripts import ROOT
+
+
+def cell(policy: str, seed: int = 1, **variables: str) -> Cell:
+    return Cell("main", "hh", seed, "", policy, f"runs/x-{seed}", "", variables)
+
+
+def row(policy: str, seed: int, gold: float, kl: float = 1.0, task: str = "hh", path=None) -> dict:
+    point = {"gold": gold, "reward": gold / 2, "kl": kl, "eos": 1.0}
+    values = {"golds": [gold - 0.1, gold + 0.1], "rewards": [0.0, 0.0], "kls": [kl, kl], "words": 9.0}
+    key = {"grid": "main", "task": task, "seed": seed, "variant": "", "policy": policy}
+    where = {"commit": "c", "machine": "m", "seconds": 1.0, "settings": {"prompts": "400"}}
+    return key | point | values | where | {"path": path or {}}
+
+
+# --- the runner -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Instead of training: note what was asked for; a policy called "broken" fails."""
+    calls = []
+
+    def run_cell(one):
+        calls.append(one.key)
+        if one.policy == "broken":
+            raise subprocess.CalledProcessError(2, "the log")
+        return row(one.policy, one.seed, 1.0) | {"settings": one.settings}
+
+    monkeypatch.setattr(grid, "run_cell", run_cell)
+    return calls
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path, trained):
+    results = tmp_path / "main.jsonl"
+    assert run_cells([cell("sft")], results, 1) == 0
+    assert run_cells([cell("sft"), cell("dpo"), cell("sft", seed=2)], results, 2) == 0
+    assert sorted(k[4] + str(k[2]) for k in trained) == ["dpo1", "sft1", "sft2"]
+    assert len(read_results(results)) == 3
+
+
+def test_a_failed_cell_has_no_row_and_stops_no_other(tmp_path, trained, capsys):
+    results = tmp_path / "main.jsonl"
+    assert run_cells([cell("broken"), cell("dpo")], results, 1) == 1
+    assert [r["policy"] for r in read_results(results)] == ["dpo"]
+    assert "FAILED main hh 1  broken: see the log" in capsys.readouterr().err
+
+
+def test_a_row_made_with_other_flags_is_not_taken_for_this_cell(tmp_path, trained):
+    results = tmp_path / "main.jsonl"
+    run_cells([cell("dpo", DPO_FLAGS="--steps 320")], results, 1)
+    with pytest.raises(InputError, match=r"main hh 1  dpo was run with other flags.*--steps 320.*--steps 4"):
+        run_cells([cell("dpo", DPO_FLAGS="--steps 4")], results, 1)
+
+
+def test_a_row_says_what_its_reward_model_knew(tmp_path):
+    write_json(
+        tmp_path / "manifest.json",
+        {"results": {"held_out": {"accuracy": [0.71, 0.69, 0.73]}, "sft_reference_std": 0.5}},
+    )
+    found = [("work", "rude", 1.0), ("home", "rude", 0.5), ("work", "repeat", 0.25)]
+    write_json(tmp_path / "probe.json", [{"kind": k, "mistake": m, "right_above": share} for k, m, share in found])
+    assert grid.reward_model(tmp_path) == {"accuracy": 0.71, "spread": 0.5, "probe": {"repeat": 0.25, "rude": 0.75}}
+
+
+# --- the study -------------------------------------------------------------------------------------
+
+
+def test_the_protocol_says_what_the_plan_runs():
+    page_ = (ROOT / "docs" / "protocol.md").read_text()
+    assert "**Reported seeds**: " + ", ".join(map(str, FULL.seeds)) in page_
+    assert f"**Tuning seed**: {FULL.tuning_seed}" in page_
+    for method in FULL.methods[1:]:
+        assert f"{method}" in page_, method
+    trials = {tuple(float(x) for x in t.split()[1::2]) for kind in TRIALS.values() for t in kind}
+    named = {tuple(map(float, pair)) for pair in re.findall(r"\((\de-\d), (0\.\d+)\)", page_)}
+    assert named == trials
+    assert "--steps 320" in FULL.dpo_unit
+    assert "--iterations 50" in FULL.ppo_unit
+
+
+def test_every_method_has_its_edge_and_its_flags():
+    edges = (ROOT / "schedules.mk").read_text()
+    settings = {method: f"--lr {i}" for i, method in enumerate(TUNED)}
+    for method in FULL.methods[1:]:
+        assert f"call dpo, {method}," in edges or f"call ppo, {method}," in edges
+        flags = FULL.make_variables(settings, method)
+        assert f"{method}_FLAGS" in flags
+        if method in FIRST_STAGE:
+            assert f"{FIRST_STAGE[method]}_FLAGS" in flags
+    assert FULL.make_variables(settings, "dpo-long")["dpo-long_FLAGS"] == "--lr 0 --steps 640"
+
+
+def test_the_full_grid_has_every_cell_once(tmp_path):
+    study = replace(FULL, results=tmp_path)
+    write_json(study.settings, {task: dict.fromkeys(TUNED, "--lr 1") for task in study.tasks})
+    sizes = {g: claims.grid_cells(study, g) for g in ("main", "noise", "price", "gamma", "pushed")}
+    expected = {"main": 190 + 10, "noise": 100, "price": 10, "gamma": 60, "pushed": 40}
+    assert {g: len(c) for g, c in sizes.items()} == expected
+    for cells in sizes.values():
+        assert len({c.key for c in cells}) == len(cells)
+        assert len({(c.run, c.policy) for c in cells}) == len(cells)
+    with pytest.raises(InputError, match="settle the settings first"):
+        claims.grid_cells(replace(FULL, results=tmp_path / "none"), "main")
+
+
+def test_ablate_flags():
+    config = parse(ablate.AblateConfig, ["--vary", "LOSS", "--values", "sigmoid, ipo", "--seeds", "4,5"])
+    cells = ablate.cells_of(config)
+    assert [(c.seed, c.variant, c.policy, c.variables) for c in cells] == [
+        (seed, loss, "dpo", {"LOSS": loss}) for seed in (4, 5) for loss in ("sigmoid", "ipo")
+    ]
+    for bad, message in (
+        (["--grid", "x"], "expected one of losses"),
+        (["--vary", "LOSS", "--values", "ipo"], "two or more values"),
+        (["--make", "QUICK"], "VARIABLE=value"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ablate.cells_of(parse(ablate.AblateConfig, bad))
+
+
+# --- verdicts -------------------------------------------------------------------------------------
+
+
+def judged_as(value: float) -> Contrast:
+    return Contrast((value, value - 0.1, value + 0.1), {1: value})
+
+
+def test_a_claim_holds_fails_or_is_neither():
+    up, down, open_ = judged_as(1.0), judged_as(-1.0), judged_as(0.0)
+    assert verdict([{"a": up, "b": up}, {"a": up, "b": up}], 1) == "holds"
+    assert verdict([{"a": up, "b": down}, {"a": up, "b": down}], 1) == "fails"
+    assert verdict([{"a": up, "b": down}, {"a": up, "b": up}], 1) == "mixed"
+    assert verdict([{"a": up}, {"a": open_}], 1) == "mixed"
+    assert verdict([{"a": open_}, {"a": open_}], 1) == "open"
+    assert verdict([{"a": None}, {"a": None}], 1) == "not run"
+    assert verdict([{"a": up}, {"a": None}], 1) == "unfinished"
+    assert verdict([{"a": up}, {"a": up}], 2) == "unfinished"
+
+
+def world(**methods) -> World:
+    main = {name.replace("_", "-"): rows for name, rows in methods.items()}
+    return World("hh", main, {"0": main}, {"q0.5": main}, {}, {})
+
+
+def test_paths_run_through_the_first_stage():
+    kept = {"80": {"kl": 0.5, "gold": 1.5, "reward": 0.0}}
+    w = world(sft=[row("sft", 1, 1.0, 0.0)], dpo=[row("dpo", 1, 2.0, 1.0, path=kept)], mpo=[row("mpo", 1, 3.0, 2.0)])
+    assert w.path("mpo", 1) == [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0), (2.0, 3.0)]
+    assert fall([(0.0, 1.0), (1.0, 2.5), (2.0, 2.0)]) == 0.5
+    contrast = judgement.equal_kl_contrast(w, ("mpo", "dpo"))
+    assert contrast.per_seed == {1: pytest.approx(0.0)}  # at KL 1 they are the same model
+
+
+def test_only_seeds_that_both_have_are_compared():
+    w = world(sft=[row("sft", 1, 1.0), row("sft", 2, 1.0)], dpo=[row("dpo", 1, 2.0)], ppo=[row("ppo", 2, 2.0)])
+    assert w.seeds("dpo") == [1]
+    assert w.seeds("dpo", "ppo") == []
+    assert judgement.gold_contrast(w, ("dpo", "sft")).per_seed == {1: pytest.approx(1.0)}
+    assert judgement.gold_contrast(w, ("dpo", "ppo")) is None
+
+
+def test_noise_is_judged_by_the_difference_of_losses():
+    clean = {"mpo": [row("mpo", 1, 3.0)], "ppo-long": [row("ppo-long", 1, 2.0)]}
+    noisy = {"mpo": [row("mpo", 1, 2.5)], "ppo-long": [row("ppo-long", 1, 1.0)]}
+    w = World("hh", clean, {"0": clean, "0.3": noisy}, {}, {}, {})
+    assert judgement.noise_contrast(w, "ppo-long", "0.3").interval[0] == pytest.approx(0.5)  # 1.0 - 0.5
+
+
+def test_collapses_are_named():
+    sft = [row("sft", 1, 1.0)]
+    assert collapsed(row("ppo", 1, 1.5), sft) == ""
+    assert collapsed(row("ppo", 1, 0.5), sft) == "gold 0.50 below SFT's 1.00"
+    assert collapsed(row("ppo", 1, 1.5) | {"eos": 0.5}, sft) == "EOS 50 %"
+
+
+def test_the_page_is_written_from_the_rows_alone(tmp_path):
+    study = replace(REDUCED, results=tmp_path, page=tmp_path / "docs" / "results.md", seeds=(11, 12))
+    golds = {"sft": 1.0, "dpo": 2.0, "dpo-all": 1.8, "dpo-hard": 1.2, "mpo": 2.5, "ppo-long": 2.2, "dpo-all-long": 2.1}
+    rng = np.random.default_rng(0)
+    rows = [row(m, s, g + rng.normal(0, 0.01), kl=i) for s in (11, 12) for i, (m, g) in enumerate(golds.items())]
+    (tmp_path / "main.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rude = {"rude": 0.5, "repeat": 0.9}
+    knows = {11: {"accuracy": 0.7, "spread": 1.3, "probe": rude}, 12: {"accuracy": 0.6, "spread": 0.4, "probe": rude}}
+    noisy = [row("sft", s, 0.5) | {"grid": "noise", "variant": "0.3", "rm": knows[s]} for s in (12, 11)]
+    (tmp_path / "noise.jsonl").write_text("".join(json.dumps(r) + "\n" for r in noisy))
+    priced = [row("mpo", s, 0.4) | {"grid": "price"} for s in (11, 12)]
+    (tmp_path / "price.jsonl").write_text("".join(json.dumps(r) + "\n" for r in priced))
+    write_json(study.settings, {"hh": {"dpo": "--lr 1e-4"}})
+    page.write(study)
+    text = study.page.read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| mpo - dpo-all-long "))
+    assert float(line.split("|")[2].split()[0]) == pytest.approx(0.4, abs=0.03)
+    assert line.split("|")[3].strip() == "holds"
+    sweeps = text[text.index("## Sweeps, hh") :]
+    along = next(line for line in sweeps.splitlines() if line.startswith("| mpo - dpo-all-long "))
+    assert along.split("|")[2].strip() == line.split("|")[2].strip()  # without noise, the main grid's
+    assert along.split("|")[3].strip() == "-"
+    assert re.search(r"^\| mpo +\| 2.5\S+ .*\| - +\| 0.40 \[.*\|$", sweeps, re.M)  # none at 0.3 but the priced one
+    assert re.search(r"\| price +\| mpo +\| 11 +\| gold 0.40 below SFT's 0.50", text)
+    assert re.search(r"^\| 0.3 +\| 70 60 +\| 1.3 0.4 +\| rude 2 +\|$", sweeps, re.M)
+    assert "1. MPO beats its parts" in text
+    assert "not run" in text  # what has no rows is said to be so
+    assert "| dpo    | lr 1e-4 |" in text
+    with pytest.raises(InputError, match="no rows yet"):
+        page.write(replace(study, results=tmp_path / "none"))

@@ -1,0 +1,197 @@
+"""The reference kernels against float64 loops written independently of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mpo.kernels import functions as kernels
+
+
+def logits_of(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> list[list[float]]:
+    return [
+        [sum(h * w for h, w in zip(row, column, strict=True)) / temperature for column in weight.tolist()]
+        for row in hidden.tolist()
+    ]
+
+
+def log_normaliser(logits: list[float]) -> float:
+    most = max(logits)
+    return most + math.log(sum(math.exp(x - most) for x in logits))
+
+
+@pytest.fixture
+def inputs() -> tuple[torch.Tensor, ...]:
+    g = torch.Generator().manual_seed(0)
+    shapes = (5, 7), (13, 7), (5, 7), (13, 7)
+    tensors = [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
+    return *tensors, torch.tensor([0, 12, 3, 3, 7])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+def test_log_probs_kl_and_entropy_match_a_loop(inputs, temperature):
+    hidden, weight, ref_hidden, ref_weight, targets = inputs
+    logp, entropy = kernels.token_logprobs(hidden.float(), weight.float(), targets, temperature)
+    both = kernels.policy_reference(
+        hidden.float(), weight.float(), ref_hidden.float(), ref_weight.float(), targets, temperature
+    )
+    p, q = logits_of(hidden, weight, temperature), logits_of(ref_hidden, ref_weight, temperature)
+    for i, t in enumerate(targets.tolist()):
+        zp, zq = log_normaliser(p[i]), log_normaliser(q[i])
+        expected_kl = sum(math.exp(a - zp) * ((a - zp) - (b - zq)) for a, b in zip(p[i], q[i], strict=True))
+        expected_entropy = -sum(math.exp(a - zp) * (a - zp) for a in p[i])
+        assert logp[i].item() == pytest.approx(p[i][t] - zp, abs=2e-5)
+        assert both.logp[i].item() == pytest.approx(p[i][t] - zp, abs=2e-5)
+        assert both.ref_logp[i].item() == pytest.approx(q[i][t] - zq, abs=2e-5)
+        assert both.kl[i].item() == pytest.approx(expected_kl, abs=2e-5)
+        assert entropy[i].item() == pytest.approx(expected_entropy, abs=2e-5)
+        assert both.entropy[i].item() == pytest.approx(expected_entropy, abs=2e-5)
+
+
+def test_gradients_match_finite_differences(inputs):
+    hidden, weight, _, _, targets = inputs
+    hidden, weight = hidden.float().requires_grad_(), weight.float().requires_grad_()
+    kernels.token_logprobs(hidden, weight, targets)[0].sum().backward()
+    step = 1e-6
+    for tensor, name in ((hidden, "hidden"), (weight, "weight")):
+        moved = tensor.detach().double()
+        for at in ((0, 0), (3, 6), (4, 2)):
+            total = []
+            for sign in (1, -1):
+                shifted = moved.clone()
+                shifted[at] += sign * step
+                h = shifted if name == "hidden" else hidden.detach().double()
+                w = shifted if name == "weight" else weight.detach().double()
+                rows = logits_of(h, w, 1.0)
+                total.append(sum(r[t] - log_normaliser(r) for r, t in zip(rows, targets.tolist(), strict=True)))
+            assert tensor.grad[at].item() == pytest.approx((total[0] - total[1]) / (2 * step), abs=1e-4)
+
+
+def test_sampling_inverts_the_cdf_and_reports_its_own_log_prob():
+    # logits ln(1), ln(2), ln(5): probabilities 1/8, 2/8, 5/8; the CDF steps at 0.125 and 0.375
+    weight = torch.tensor([[math.log(1.0)], [math.log(2.0)], [math.log(5.0)]])
+    uniform = torch.tensor([0.0, 0.124, 0.126, 0.374, 0.376, 0.999999])
+    tokens, logps = kernels.sample_tokens(torch.ones(6, 1), weight, uniform)
+    assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
+    expected = [math.log(p) for p in (1 / 8, 1 / 8, 2 / 8, 2 / 8, 5 / 8, 5 / 8)]
+    assert logps.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_extreme_logits_stay_finite():
+    weight = torch.tensor([[1e4], [-1e4], [0.0]])
+    logp, entropy = kernels.token_logprobs(torch.ones(3, 1), weight, torch.tensor([0, 1, 2]))
+    assert logp.tolist() == [0.0, -2e4, -1e4]
+    assert entropy.isfinite().all()
+    tokens, _ = kernels.sample_tokens(torch.ones(2, 1), weight, torch.tensor([0.0, 0.99999]))
+    assert tokens.tolist() == [0, 0]
+
+
+def test_empty_input_and_unknown_implementation():
+    empty = kernels.token_logprobs(torch.zeros(0, 4), torch.zeros(5, 4), torch.zeros(0, dtype=torch.long))
+    assert [t.shape for t in empty] == [(0,), (0,)]
+    with pytest.raises(ValueError, match="expected one of reference"):
+        kernels.token_logprobs(torch.zeros(1, 4), torch.zeros(5, 4), torch.zeros(1, dtype=torch.long), impl="x")
+
+
+needs_cpu = pytest.mark.skipif("cpu" not in kernels.IMPLEMENTATIONS, reason="the compiled kernels are not built")
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 1, 1), (5, 7, 3), (64, 128, 352), (33, 352, 129), (961, 24, 1), (70, 1024, 800)]
+)
+def test_compiled_linear_is_as_near_to_float64_as_plain_fp32(m, k, n):
+    g = torch.Generator().manual_seed(m)
+    x, weight, dy = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((m, k), (n, k), (m, n)))
+    exact = (x @ weight.T, dy @ weight, dy.T @ x)
+    errors = {}
+    for impl in ("reference", "cpu"):
+        leaves = x.float().requires_grad_(), weight.float().requires_grad_()
+        y = kernels.linear(*leaves, impl=impl)
+        y.backward(dy.float())
+        found = (y.detach(), leaves[0].grad, leaves[1].grad)
+        errors[impl] = [float((a - b).abs().max()) for a, b in zip(found, exact, strict=True)]
+    for ours, plain in zip(errors["cpu"], errors["reference"], strict=True):
+        assert ours <= 2 * plain + 1e-6  # both round; neither may do more than its share of it
+
+
+@needs_cpu
+def test_compiled_linear_takes_any_strides_and_leading_shape():
+    g = torch.Generator().manual_seed(1)
+    big, weight = torch.randn(6, 5, 20, generator=g), torch.randn(9, 10, generator=g)
+    for x in (big[:, :, ::2], big[:, 1:4, :10], big.transpose(0, 1)[:, :, 10:], big[:0, :, :10]):
+        for w in (weight, weight.flip(0), torch.randn(10, 9, generator=g).t()):
+            expected = torch.nn.functional.linear(x, w)
+            torch.testing.assert_close(kernels.linear(x, w, impl="cpu"), expected, rtol=1e-5, atol=1e-5)
+            x_, w_ = x.clone().requires_grad_(), w.clone().requires_grad_()
+            kernels.linear(x_, w_, impl="cpu").sum().backward()  # an expanded gradient, of stride 0
+            torch.testing.assert_close(w_.grad, x.sum((0, 1)).expand(9, 10), rtol=1e-4, atol=1e-4)
+
+
+@needs_cpu
+def test_only_what_needs_a_gradient_gets_one():
+    x, weight = torch.randn(4, 3), torch.randn(2, 3, requires_grad=True)
+    kernels.linear(x, weight, impl="cpu").sum().backward()
+    assert x.grad is None
+    assert weight.grad is not None
+
+
+def test_the_plain_path_is_one_variable_away(monkeypatch):
+    x, weight = torch.randn(40, 30), torch.randn(20, 30)
+    monkeypatch.setattr(kernels, "default", "reference")
+    assert torch.equal(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert kernels.linear(x.double(), weight.double(), impl="reference").dtype == torch.float64
+    with pytest.raises(ValueError, match="expected one of reference"):
+        kernels.linear(x, weight, impl="fast")
+
+
+def test_other_dtypes_go_the_plain_way():
+    x, weight = torch.randn(4, 3).bfloat16(), torch.randn(2, 3).bfloat16()
+    assert torch.equal(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize("impl", [name for name in kernels.IMPLEMENTATIONS if name in ("cpu", "gpu")])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (13, 33, 7), (70, 64, 96), (300, 50, 601)], ids=str)
+def test_products_in_bf16_are_of_rounded_numbers_with_exact_sums(shape, impl):
+    M, N, K = shape
+    x, w, weights = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+    rounded = [t.bfloat16().double().requires_grad_() for t in (x, w)]
+    y = rounded[0] @ rounded[1].T
+    y.backward(weights.bfloat16().double())
+    kernels.use_bf16(True)
+    try:
+        leaves = [x.requires_grad_(), w.requires_grad_()]
+        found = kernels.linear(*leaves, impl=impl)
+        found.backward(weights)
+        torch.testing.assert_close(kernels.linear(x, w, impl="reference").detach(), y.float(), rtol=1e-4, atol=1e-4)
+    finally:
+        kernels.use_bf16(False)
+    torch.testing.assert_close(found.detach().double(), y.detach(), rtol=1e-5, atol=1e-4)
+    for leaf, exact in zip(leaves, rounded, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-4)
+
+
+@needs_cpu
+def test_a_number_that_is_not_one_stays_so_in_bf16():
+    x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [2.0, 1.0]])
+    kernels.use_bf16(True)
+    try:
+        found = kernels.linear(x, torch.ones(1, 2), impl="cpu").squeeze(1)
+    finally:
+        kernels.use_bf16(False)
+    assert found.isnan().tolist() == [True, False, False]
+    assert found[1:].tolist() == [float("inf"), 3.0]
+
+
+@needs_cpu
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_constant_weights_give_the_same(dtype):
+    hidden, weight, uniform = torch.randn(29, 17).to(dtype), torch.randn(203, 17).to(dtype), torch.rand(29)
+    plain = kernels.sample_tokens(hidden, weight, uniform, 0.7, impl="cpu")
+    with kernels.constant_weights():
+        for _ in range(2):
+            for one, other in zip(plain, kernels.sample_tokens(hidden, weight, uniform, 0.7, impl="cpu"), strict=True):
+                assert torch.equal(one, other)

@@ -1,0 +1,112 @@
+"""Folders that are not what they should be end in one line, and nothing leaves the folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mpo.kernels.functions import Packing
+from mpo.model.checkpoint import load_model, load_scalar, save_model
+from mpo.model.llama import scalar_from
+from mpo.runtime.errors import InputError
+from mpo.runtime.seeding import generator
+from tests.conftest import small_model
+
+
+def edit(path, **changes):
+    raw = json.loads(path.read_text())
+    raw.update(changes)
+    path.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 4000])
+def test_round_trip_whole_and_sharded(tmp_path, shard_bytes):
+    model = small_model(tie_word_embeddings=False)
+    save_model(tmp_path, model, shard_bytes)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes == 4000)
+    loaded = load_model(tmp_path)
+    assert loaded.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_scalar_model_round_trip(tmp_path):
+    rm = scalar_from(small_model(), generator(0, "head"))
+    rm.score_mean += 1.5
+    rm.score_std *= 0.7
+    save_model(tmp_path, rm)
+    ids, packing = torch.randint(0, 61, (9,)), Packing([7, 2])
+    assert torch.equal(load_scalar(tmp_path)(ids, packing), rm(ids, packing))
+    with pytest.raises(InputError, match=r"unexpected tensor 'score|lacks"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"attention_bias": True}, "attention_bias is not supported"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is not supported, found 4096"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types other than 'full_attention'"),
+        ({"num_local_experts": 8}, "num_local_experts is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_size": 0}, "hidden_size must be a positive integer"),
+        ({"vocab_size": "many"}, "vocab_size must be a positive integer"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope scaling 'yarn'"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope scaling lacks factor"),
+        ({"intermediate_size": 41}, "config.json says"),
+        ({"num_hidden_layers": 1}, "unexpected tensor"),
+        ({"num_hidden_layers": 3}, "lacks 9 tensors"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(tmp_path, changes, message):
+    save_model(tmp_path, small_model())
+    edit(tmp_path / "config.json", **changes)
+    with pytest.raises(InputError, match=message) as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({"pad_token_id": 0}, 0), ({"pad_token_id": None}, None), ({"pad_token_id": 2}, None)]
+)
+def test_a_pad_token_that_is_missing_or_is_eos_is_none(tmp_path, given, expected):
+    save_model(tmp_path, small_model(eos_token_id=2))
+    edit(tmp_path / "config.json", **given)
+    model = load_model(tmp_path)
+    assert model.config.pad_token_id == expected
+    save_model(tmp_path / "again", model)
+    assert load_model(tmp_path / "again").config == model.config
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "weights.bin"])
+def test_an_index_cannot_leave_its_folder(tmp_path, name):
+    save_model(tmp_path, small_model(), 4000)
+    index = tmp_path / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"]["model.norm.weight"] = name
+    index.write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="is not a safetensors file of this folder"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000])
+def test_truncated_weights_are_refused(tmp_path, keep):
+    save_model(tmp_path, small_model())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(InputError, match="not a whole safetensors file"):
+        load_model(tmp_path)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"config.json: no such file"):
+        load_model(tmp_path)
+    save_model(tmp_path, small_model())
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="holds neither"):
+        load_model(tmp_path)

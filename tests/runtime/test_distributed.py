@@ -1,0 +1,188 @@
+"""1, 2 and 4 processes, with whole models (DDP) and sharded ones (FSDP2): the same losses, samples and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.support.group import CASES, name
+from tests.support.scripts import ROOT, run_script
+
+DPO = "train_dpo.py --data {run}/split/pairs.jsonl --model {run}/sft --batch 8 --microbatch 4 --steps 60"
+SPLIT = "split_data.py --data {run}/data --rm {run}/rm --batch 9"
+EVAL = (
+    "eval.py --data {run}/data --rm {run}/rm --policies sft={run}/sft,dpo={run}/dpo --prompts 11 --batch 4 --max_new 12"
+)
+
+
+def command(text: str, run: Path, out: Path, *more: object) -> list[str]:
+    return [*text.format(run=run).split(), "--out", str(out), "--threads", "1", *map(str, more)]
+
+
+def processes(count: int, *flags: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    return run_script("-m", "mpo.runtime.launch", count, *flags, expect=expect)
+
+
+def lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def group(hh_run, tmp_path_factory):
+    """The folder of all cases of tests/support/group.py."""
+    work = tmp_path_factory.mktemp("group")
+    run_script("-m", "tests.support.group", hh_run, work)
+    return work
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Metrics and weights up to rounding."""
+    steps, others = lines(one / "metrics.jsonl"), lines(other / "metrics.jsonl")
+    assert len(steps) == len(others)
+    for a, b in zip(steps, others, strict=True):
+        if a["step"] == 0:
+            a.pop("accuracy", None)  # of log-ratios that are all 0, but for rounding
+            b.pop("accuracy", None)
+        assert a == pytest.approx(b, rel=1e-3, abs=2e-5)
+    weights, found = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == found.keys()
+    for key, weight in weights.items():
+        torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(("stage", "count", "sharded"), CASES)
+def test_several_processes_do_what_one_does(group, stage, count, sharded):
+    out = group / name(stage, count, sharded)
+    assert_same_run(group / name(stage, 1, False), out)
+    assert json.loads((out / "manifest.json").read_text())["processes"] == count
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_split_and_evaluation_share_rows_that_do_not_come_out(hh_run, tmp_path, shard):
+    for stage, text in (("split", SPLIT), ("eval", EVAL)):
+        run_script(*command(text, hh_run, tmp_path / stage))
+        processes(3, *command(text, hh_run, tmp_path / f"{stage}-3", "--shard", shard))
+    one, three = lines(tmp_path / "split" / "scores.jsonl"), lines(tmp_path / "split-3" / "scores.jsonl")
+    assert [(r["id"], r["part"]) for r in one] == [(r["id"], r["part"]) for r in three]
+    for a, b in zip(one, three, strict=True):
+        assert a["chosen"] == pytest.approx(b["chosen"], abs=2e-5)
+    for policy in ("sft", "dpo"):
+        one, three = (lines(tmp_path / e / f"responses-{policy}.jsonl") for e in ("eval", "eval-3"))
+        assert [r["response"] for r in one] == [r["response"] for r in three]
+        assert [r["kl"] for r in one] == pytest.approx([r["kl"] for r in three], abs=2e-5)
+
+
+def launched(count: int, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "mpo.runtime.launch", str(count), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(out: Path, steps: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < steps:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def workers(launcher: int) -> list[int]:
+    """The process ids of a launcher's children."""
+    return [int(x) for x in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+def test_stopped_with_two_processes_going_on_with_four_and_with_one(hh_run, tmp_path):
+    run_script(*command(DPO, hh_run, tmp_path / "straight"))
+    out = tmp_path / "out"
+    for count in (2, 4):
+        process = launched(count, *command(DPO, hh_run, out, "--shard", "true", "--save_every", 1000))
+        wait_for_steps(out, 10 * count)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 128 + signal.SIGTERM, said
+        assert said.count("which is saved; the same command goes on from there") == 1, said
+        steps = len(lines(out / "metrics.jsonl"))
+        assert max(p.name for p in (out / "saves").iterdir()) == f"step-{steps:08d}"
+    done = run_script(*command(DPO, hh_run, out))
+    assert "going on after step" in done.stdout
+    assert_same_run(tmp_path / "straight", out)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes by /proc")
+def test_a_process_that_dies_ends_the_job_with_one_line_and_the_run_goes_on(hh_run, tmp_path):
+    out = tmp_path / "out"
+    flags = command(DPO, hh_run, out, "--save_every", 0)
+    process = launched(2, *flags)
+    wait_for_steps(out, 5)
+    os.kill(workers(process.pid)[-1], signal.SIGKILL)
+    said = process.communicate(timeout=120)[1].splitlines()
+    assert process.returncode == 1
+    words = [line for line in said if "it/s" not in line and line.strip()]
+    assert words == [
+        "launch.py: stopped: process 1 of 2 was killed (SIGKILL); the same command goes on from the last save"
+    ]
+    assert "going on after step" in processes(2, *flags).stdout
+
+
+BEGIN = f"""
+import atexit, os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from mpo.runtime import distributed
+from mpo.runtime.errors import InputError
+from mpo.runtime.entry import run_plain
+
+def main(argv):
+    distributed.start(False)
+"""
+
+
+def test_processes_end_without_tearing_the_interpreter_down(tmp_path):
+    """A thread of gloo's that asks for it then would abort the process, now and then."""
+    script = tmp_path / "script.py"
+    script.write_text(BEGIN + "    atexit.register(os.abort)\n    print('done')\nrun_plain(main)\n")
+    said = processes(2, str(script)).stdout.splitlines()
+    assert [line for line in said if not line.startswith("[Gloo]")] == ["done"]  # older gloos say who is connected
+
+
+@pytest.mark.parametrize(
+    ("second", "status", "words"),
+    [
+        ("os.abort()", 1, "launch.py: stopped: process 1 of 2 was killed (SIGABRT); the same command goes on"),
+        ("raise InputError('a wrong row')", 2, "script.py: error: a wrong row"),
+    ],
+)
+def test_the_process_that_ended_the_job_is_named_and_not_the_one_ended_for_it(second, status, words, tmp_path):
+    script = tmp_path / "script.py"
+    wait = "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(60)"
+    script.write_text(BEGIN + f"    if distributed.is_main(): {wait}\n    {second}\nrun_plain(main)\n")
+    assert processes(2, str(script), expect=status).stderr.startswith(words)
+
+
+def test_what_is_wrong_is_said_once(hh_run, tmp_path):
+    flags = command(DPO, hh_run, tmp_path / "out", "--model", tmp_path / "nowhere")
+    done = processes(2, *flags, expect=2)
+    assert done.stderr.splitlines() == [
+        f"train_dpo.py: error: --model {tmp_path / 'nowhere'}: no such file or folder; has the stage that writes it "
+        "run?"
+    ]
+    done = processes(2, *command(DPO, hh_run, tmp_path / "out", "--bta", 1), expect=2)
+    assert done.stderr.splitlines() == ["train_dpo.py: error: unknown flag --bta; did you mean --beta?"]
+    done = processes(3, *command(DPO, hh_run, tmp_path / "out"), expect=2)
+    assert "8 is not a multiple of the 3 processes" in done.stderr.splitlines()[-1]
+
+
+def test_a_number_that_is_not_finite_stops_all_processes_in_one_line(hh_run, tmp_path):
+    flags = command(DPO, hh_run, tmp_path / "out", "--lr", "1e30", "--warmup", 0, "--save_every", 0)
+    for shard in (False, True):
+        done = processes(2, *flags, "--shard", str(shard), expect=1)
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("train_dpo.py: stopped: ")
+        assert "is not finite" in last
+        assert "Traceback" not in done.stderr

@@ -1,0 +1,80 @@
+"""The command line that the dataclasses make."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from mpo import config
+from mpo.config import DPOConfig, SplitConfig
+from mpo.runtime.errors import InputError
+from mpo.runtime.flags import exact_div, headings, parse
+from tests.support.scripts import run_script
+
+NEEDED = ["--data", "d", "--model", "m", "--out", "o"]
+STAGES = [c for c in vars(config).values() if isinstance(c, type) and c.__name__.endswith("Config")]
+
+
+def test_types_defaults_and_both_spellings():
+    c = parse(DPOConfig, [*NEEDED, "--lr=0.5", "--max-prompt", "7", "--overwrite", "true"])
+    assert (c.lr, c.max_prompt, c.overwrite, c.beta) == (0.5, 7, True, DPOConfig(data="", model="", out="").beta)
+
+
+def test_a_negative_number_is_a_value():
+    assert parse(SplitConfig, ["--data", "d", "--rm", "r", "--out", "o", "--gamma=-1"]).gamma == "-1"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--bta", "1"], "unknown flag --bta; did you mean --beta?"),
+        (["--frobnicate", "1"], r"unknown flag --frobnicate \(--help"),
+        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--overwrite", "maybe"], "expected true or false, found 'maybe'"),
+        (["--lr"], "argument --lr: expected one argument"),
+    ],
+)
+def test_bad_flags_name_themselves(flags, message):
+    with pytest.raises(InputError, match=message):
+        parse(DPOConfig, [*NEEDED, *flags])
+
+
+def test_missing_and_wrong_choices():
+    with pytest.raises(InputError, match="required: --data, --model, --out"):
+        parse(DPOConfig, [])
+    with pytest.raises(InputError, match="--hard: invalid choice: 'x'"):
+        parse(SplitConfig, ["--data", "d", "--rm", "r", "--out", "o", "--hard", "x"])
+
+
+@pytest.mark.parametrize("cls", STAGES, ids=lambda c: c.__name__)
+def test_every_field_has_a_comment(cls):
+    comments = [name for group in headings(cls).values() for name in group]
+    assert sorted(f.name for f in dataclasses.fields(cls)) == sorted(comments)
+    assert cls.__doc__
+
+
+def test_a_division_that_does_not_come_out():
+    assert exact_div(8, 2, "x") == 4
+    with pytest.raises(InputError, match="--a and --b: 7 is not a multiple of 2"):
+        exact_div(7, 2, "--a and --b")
+    with pytest.raises(InputError, match="not positive"):
+        exact_div(0, 2, "--a and --b")
+
+
+SCRIPTS = """prepare_data.py train_tokenizer.py train_sft.py train_rm.py split_data.py
+    train_dpo.py train_ppo.py eval.py chat.py"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS.split())
+def test_help_explains_every_flag(script):
+    text = run_script(script, "--help").stdout
+    assert "--seed" in text
+    assert "(default: 1)" in text
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path):
+    done = run_script("train_dpo.py", "--data", "none.jsonl", "--model", "m", "--out", tmp_path / "o", expect=2)
+    assert done.stderr.startswith("train_dpo.py: error: --data none.jsonl: no such file or folder")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,110 @@
+"""A second device, made of this one: to see that no stage mixes what is on a GPU with what is on the CPU.
+
+A tensor on the device "pretend" wraps one on the CPU, which computes for it. As on a GPU, an operation on tensors of
+both devices is an error, except with numbers, which have no dimension. python -m tests.support.pretend RUN WORK runs
+the stages on both devices, into WORK/<stage>-<device>.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import library
+from torch.utils import _pytree as pytree
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+import eval as evaluate
+import split_data
+from mpo.config import EvalConfig, SplitConfig
+from tests.support import crashes
+
+NAME = "pretend"
+MOVES = ("aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense")  # from one device to another
+
+
+class Pretend(torch.Tensor):
+    """A tensor of the device, whose numbers are in `raw`."""
+
+    raw: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, raw: torch.Tensor) -> Pretend:
+        """Wrap a tensor of the CPU."""
+        about = {"strides": raw.stride(), "storage_offset": raw.storage_offset(), "dtype": raw.dtype}
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, raw.size(), device=torch.device(NAME, 0), **about)
+        wrapper.raw = raw
+        return wrapper
+
+    def tolist(self) -> Any:
+        """The numbers, which torch does not give of a wrapper."""
+        return self.raw.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Compute with what is wrapped."""
+        return compute(func, *args, **(kwargs or {}))
+
+
+def compute(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """An operation of torch, on the CPU behind the device. Errors: RuntimeError for tensors of two devices."""
+    name = func.name().split(".")[0]
+    flat, spec = pytree.tree_flatten((args, kwargs))
+    ours = [x for x in flat if isinstance(x, Pretend)]
+    others = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, Pretend) and x.dim()]
+    if ours and others and name not in MOVES:
+        raise RuntimeError(f"{name}: tensors on two devices, {[tuple(x.shape) for x in others]} on the CPU")
+    target = kwargs.get("device")
+    on = bool(ours) if target is None else torch.device(target).type == NAME
+    cpu = [x.raw if isinstance(x, Pretend) else torch.device("cpu") if isinstance(x, torch.device) else x for x in flat]
+    raw_args, raw_kwargs = pytree.tree_unflatten(cpu, spec)
+    out = func(*raw_args, **raw_kwargs)
+    if name.endswith("_") and isinstance(args[0], torch.Tensor):  # in place
+        return args[0]
+    return pytree.tree_map(lambda x: Pretend(x) if isinstance(x, torch.Tensor) else x, out) if on else out
+
+
+LIBRARIES: list[library.Library] = []  # what they teach torch is forgotten with them
+
+
+def install() -> None:
+    """Make torch know the device."""
+    _setup_privateuseone_for_python_backend(NAME)
+    everything, aten = library.Library("_", "IMPL"), library.Library("aten", "IMPL")
+    everything.fallback(compute, "PrivateUse1")
+    for op in (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step):
+        aten.impl(op, partial(compute, op), "PrivateUse1")  # torch's own enlarges an empty one; a wrapper cannot
+    LIBRARIES.extend((everything, aten))
+
+
+# What trains, by its name in crashes.STAGES, and what does not.
+TRAINING = ("sft", "rm", "dpo-lora", "ppo", "ppo-shared", "ppo-lora")
+OTHERS = {
+    "split": (split_data, SplitConfig, "--data {run}/data --rm {run}/rm"),
+    "eval": (
+        evaluate,
+        EvalConfig,
+        "--data {run}/data --rm {run}/rm --policies sft={run}/sft,mpo={run}/mpo --prompts 8 --max_new 12",
+    ),
+}
+
+
+def main() -> None:
+    """Every stage on both devices."""
+    base, work = Path(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    install()
+    crashes.STAGES.update(OTHERS)
+    for stage in (*TRAINING, *OTHERS):
+        for device in ("cpu", NAME):
+            out = work / f"{stage}-{device}"
+            few = crashes.FEWER.get(stage.split("-")[0], "").split()
+            if status := crashes.wait(crashes.start(stage, base, out, *few, "--device", device)):
+                sys.exit(f"{out.name} ended with {status}: {out.with_suffix('.log').read_text()[-3000:]}")
+
+
+if __name__ == "__main__":
+    main()
