@@ -1,7 +1,7 @@
-"""Where a step's time goes, by compiled function: python -m benchmarks.breakdown CASE THREADS
+"""How much of a step's time each compiled function takes: python -m benchmarks.breakdown CASE THREADS
 
-Every compiled kernel is called through one function (kernels/cpu/library.py), which is timed here; what is left is
-torch: embeddings, sums, the optimiser, autograd, Python.
+All compiled kernels are called through one function, `call` in kernels/cpu/library.py, which is timed here. The rest of
+a step is torch: embeddings, sums, the optimiser, autograd, Python.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mpo.runtime.setup import setup_torch
 
 
 def timed(spent: Counter[str]) -> Any:
-    """library.call, adding up seconds by function."""
+    """A replacement for library.call that also adds the seconds of each function to `spent`."""
     plain = library.call
 
     def call(function: str, *arguments: library.Argument) -> None:
@@ -33,7 +33,7 @@ def timed(spent: Counter[str]) -> Any:
 
 
 def profile(case: str, steps: int = 5) -> dict[str, float]:
-    """Seconds of one step by function, the rest as "torch and the rest"."""
+    """The seconds that each function takes of one step of this case; what remains is "torch and the rest"."""
     step, spent = CASES[case](), Counter[str]()
     step()
     call = timed(spent)
@@ -45,8 +45,8 @@ def profile(case: str, steps: int = 5) -> dict[str, float]:
     for _ in range(steps):
         step()
     total = time.perf_counter() - began
-    found = {name: seconds / steps for name, seconds in spent.most_common()}
-    return found | {"torch and the rest": (total - sum(spent.values())) / steps}
+    of_functions = {name: seconds / steps for name, seconds in spent.most_common()}
+    return of_functions | {"torch and the rest": (total - sum(spent.values())) / steps}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""One way to get log-probs from hidden states: python -m benchmarks.heads CASE N V D THREADS
+"""One way to compute log-probs from hidden states: python -m benchmarks.heads CASE N V D THREADS
 
-Some ways need libraries of the peers' environment, so that nothing else is imported at the top.
+N is the number of hidden states, V the size of the vocabulary, D the width. Some ways run in the peers' environment, so
+each way imports the libraries that it needs.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ Way = Callable[..., Any]
 
 
 def plain(h: torch.Tensor, w: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropy by the book."""
+    """Log-probs and entropy as a textbook computes them. h (N, D), w (V, D), targets (N,)."""
     logps = (h @ w.T).log_softmax(-1)
     return logps.gather(-1, targets[:, None]).squeeze(-1), -(logps.exp() * logps).sum(-1)
 
 
 def plain_pair(h: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, rh: torch.Tensor, rw: torch.Tensor) -> Any:
-    """Both models' log-probs, exact KL and entropy by the book."""
+    """Log-probs under both models, exact KL and entropy as a textbook computes them."""
     logps, ref = (h @ w.T).log_softmax(-1), (rh @ rw.T).log_softmax(-1)
     p, at = logps.exp(), targets[:, None]
     return logps.gather(-1, at), ref.gather(-1, at), (p * (logps - ref)).sum(-1), -(p * logps).sum(-1)
 
 
 def way(case: str) -> Way:
-    """The function of a case; arguments hidden, weight, targets and for "-pair" the reference's hidden and weight."""
+    """The function of a case. Its arguments are hidden, weight, targets; for "-pair" also ref_hidden, ref_weight."""
     if case in ("ours", "ours-pair"):
         from mpo.kernels import functions as kernels
 
@@ -58,7 +59,7 @@ def way(case: str) -> Way:
 
 
 def step(case: str, N: int, V: int, D: int) -> Callable[[], object]:
-    """The case at a size; "-backward": with the gradient of the log-probs' sum."""
+    """One step of a case at a size. "-backward" adds the gradient of the sum of the log-probs."""
     backward = case.endswith("-backward")
     function = way(case.removesuffix("-backward"))
     draw = torch.Generator().manual_seed(0)
@@ -71,8 +72,8 @@ def step(case: str, N: int, V: int, D: int) -> Callable[[], object]:
     h.requires_grad_(), w.requires_grad_()
 
     def both() -> None:
-        found = function(h, w, targets, *rest)
-        (found if isinstance(found, torch.Tensor) else found[0]).sum().backward()
+        result = function(h, w, targets, *rest)
+        (result if isinstance(result, torch.Tensor) else result[0]).sum().backward()
         h.grad = w.grad = None
 
     return both

@@ -1,4 +1,4 @@
-"""This project's side of the benchmark: python -m benchmarks.ours CASE THREADS"""
+"""This project's cases of the benchmark: python -m benchmarks.ours CASE THREADS"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpo.model.scoring import score_pairs
 from mpo.ppo.learner import Critic, Learner
 from mpo.ppo.rewards import assign_credit
 from mpo.ppo.rollout import roll_out
-from mpo.ppo.update import Lesson, update
+from mpo.ppo.update import Experience, update
 from mpo.preference.logps import pair_logps, reference_logps
 from mpo.preference.losses import PREFERENCE_LOSSES, bradley_terry
 from mpo.runtime.setup import setup_torch
@@ -34,20 +34,20 @@ def model(seed: int) -> Llama:
 
 
 def pairs() -> list[Pair]:
-    """One step's pairs."""
+    """The pairs of one step."""
     rows = enumerate(w.pairs(w.PAIRS))
     return [Pair(Row(str(i), "", "", ""), r["prompt"], r["chosen"], r["rejected"]) for i, r in rows]
 
 
 def dpo(cached: bool) -> Callable[[], object]:
-    """A DPO step; the reference's log-probs computed in the step, or once before."""
+    """A DPO step. The reference's log-probs are computed once in advance (`cached`), or in every step."""
     policy, ref = model(0), model(0)
     optimiser, rows = make_optimiser(policy, w.LR, 0.0), pairs()
     cache = reference_logps(ref, rows, w.PAIRS)
 
     def step() -> None:
-        found = cache if cached else reference_logps(ref, rows, w.PAIRS)
-        logps = pair_logps(policy, rows, found)
+        ref_logps = cache if cached else reference_logps(ref, rows, w.PAIRS)
+        logps = pair_logps(policy, rows, ref_logps)
         PREFERENCE_LOSSES["sigmoid"](logps, w.BETA).mean().backward()
         optimiser_step(optimiser, policy, w.LR, 1.0)
 
@@ -55,7 +55,7 @@ def dpo(cached: bool) -> Callable[[], object]:
 
 
 def reward() -> Callable[[], object]:
-    """A step of the reward model."""
+    """A training step of the reward model."""
     rm = scalar_from(model(0), torch.Generator().manual_seed(1))
     optimiser, rows = make_optimiser(rm, w.LR, 0.0), pairs()
 
@@ -67,7 +67,10 @@ def reward() -> Callable[[], object]:
 
 
 def ppo(shared: bool) -> Callable[[], object]:
-    """An iteration of PPO: rollout, scores, advantages, updates of policy and critic."""
+    """An iteration of PPO: rollout, scores, advantages, and the updates of policy and critic.
+
+    `shared`: the critic is a head on the policy's trunk instead of a model of its own.
+    """
     policy, ref = model(0), model(0).requires_grad_(False)
     rm, own = (scalar_from(model(i), torch.Generator().manual_seed(i)) for i in (1, 2))
     value_model = ValueHead(policy.config.hidden_size) if shared else own
@@ -95,13 +98,13 @@ def ppo(shared: bool) -> Callable[[], object]:
     def iteration() -> None:
         rollout = roll_out(policy, ref, rm, critic.model, prompts, sampling, draw, config.microbatch)
         credit = assign_credit(rollout, config.kl_coef, config)
-        update(learner, Lesson(rollout, credit, config.kl_coef), 0, config)
+        update(learner, Experience(rollout, credit, config.kl_coef), 0, config)
 
     return iteration
 
 
 def generation() -> Callable[[], object]:
-    """A batch of responses, all of full length."""
+    """The generation of a batch of responses, all of full length."""
     policy, prompts = model(0), w.tokens(w.ROLLOUT, w.PROMPT)
     sampling = Sampling(w.RESPONSE, 1.0, eos=-1)  # no token ends a response
     draw = torch.Generator().manual_seed(0)
@@ -116,6 +119,7 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "ppo": lambda: ppo(shared=False),
     "ppo-shared": lambda: ppo(shared=True),
 }
+"""Name -> a function that loads the case and returns its step. On the command line, NAME-bf16 sets bf16 products."""
 
 if __name__ == "__main__":
     precision = "bf16-mixed" if sys.argv[1].endswith("-bf16") else "fp32"

@@ -1,4 +1,4 @@
-"""The peers' side of the benchmark, run in an environment of theirs: python peers.py CASE THREADS"""
+"""The peers' cases of the benchmark, run in the peers' own environments: python peers.py CASE THREADS"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 
 class Turns(TrainerCallback):
-    """Let a trainer do one optimiser step a turn."""
+    """Makes a trainer wait for its turn before each optimiser step."""
 
     def on_step_begin(self, *args, **kwargs):
         if not hasattr(self, "began"):
@@ -26,7 +26,7 @@ class Turns(TrainerCallback):
 
 
 def tokenizer():
-    """A tokenizer of as many words as the vocabulary: trainers insist on one. Ids i and words w<i> are the same."""
+    """A tokenizer with one word for each id, "w<i>" for id i. The trainers take texts only, so they need one."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -39,20 +39,23 @@ def tokenizer():
 
 
 def text(ids: list[int]) -> str:
+    """The text that the tokenizer turns back into these ids."""
     return " ".join(f"w{i}" for i in ids)
 
 
 def rows():
+    """The workload's pairs as texts, repeated 200 times."""
     from datasets import Dataset
 
-    found = []
+    texts = []
     for row in w.pairs(w.PAIRS) * 200:
         prompt, chosen, rejected = (text([i for i in row[k] if i > 3]) for k in ("prompt", "chosen", "rejected"))
-        found.append({"prompt": prompt + " ", "chosen": chosen, "rejected": rejected})
-    return Dataset.from_list(found)
+        texts.append({"prompt": prompt + " ", "chosen": chosen, "rejected": rejected})
+    return Dataset.from_list(texts)
 
 
 def common(folder: str) -> dict:
+    """Arguments that trl's trainers share."""
     return dict(
         output_dir=folder,
         per_device_train_batch_size=w.PAIRS,
@@ -96,7 +99,7 @@ def reward() -> None:
 
 
 class Iterations(TrainerCallback):
-    """Let PPOTrainer, which announces ends only, do one iteration a turn."""
+    """Makes PPOTrainer wait for its turn before each iteration. It announces only the end of an iteration."""
 
     def on_train_begin(self, *args, **kwargs):
         turns.ready()
@@ -108,7 +111,7 @@ class Iterations(TrainerCallback):
 
 
 def ppo() -> None:
-    """trl's PPOTrainer (0.23.1): four models, rollouts of transformers' `generate`."""
+    """trl's PPOTrainer (0.23.1), with four models and rollouts by transformers' `generate`."""
     from datasets import Dataset
     from trl import PPOConfig, PPOTrainer
 
@@ -154,7 +157,7 @@ def ppo() -> None:
 
 
 def generation() -> None:
-    """transformers' generate, sampling from the whole distribution."""
+    """transformers' `generate`, sampling from the whole distribution."""
     policy = LlamaForCausalLM(LlamaConfig(**w.SHAPE)).eval()
     prompts = torch.tensor(w.tokens(w.ROLLOUT, w.PROMPT))
     lengths = dict(min_new_tokens=w.RESPONSE, max_new_tokens=w.RESPONSE)

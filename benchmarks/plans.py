@@ -1,6 +1,7 @@
-"""python -m benchmarks.plans: docs/memory.md: plans of real models, and plans against measured peaks.
+"""python -m benchmarks.plans [plans] [measured]: writes the two tables of docs/memory.md.
 
-The measured ones run every stage that trains, two steps or more at the full lengths of the limits, on random models.
+One has the memory plans of real models. The other compares plans with measured peaks: it runs every stage that trains,
+for two steps or more, on random models and on rows as long as the limits allow.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ GB80 = 80e9
 
 
 def text_of(tokenizer: Tokenizer, tokens: int, draw: random.Random) -> str:
-    """Of exactly so many tokens, another one each time."""
+    """A random text of exactly this many tokens."""
     text = ""
     while (have := len(tokenizer.vocabulary.encode(text))) != tokens:
         text = text + " " + draw.choice("abcdefgh") if have < tokens else ""
@@ -42,7 +43,7 @@ def text_of(tokenizer: Tokenizer, tokens: int, draw: random.Random) -> str:
 
 
 def write_inputs(folder: Path, size: str) -> None:
-    """A random model and reward model of a size, and rows that fill every limit."""
+    """Write a random model and reward model of a preset, and rows as long as the limits allow."""
     rows = build("hh", seed=3, train=200, test=4)["train"]
     tokenizer = train_tokenizer((t for r in rows for t in (r.prompt, r.chosen)), 500, seed=1)
     draw = random.Random(1)
@@ -59,7 +60,7 @@ def write_inputs(folder: Path, size: str) -> None:
 
 
 def command(folder: Path, stage: str, microbatch: int) -> list[str]:
-    """A stage on these inputs."""
+    """The command that runs a stage on these inputs."""
     data, model = ["--data", f"{folder}/data"], ["--model", f"{folder}/model"]
     flags = {
         "sft": ["train_sft.py", *data, "--tokenizer", f"{folder}/tokenizer", *model, "--epochs", "1"],
@@ -77,7 +78,7 @@ def command(folder: Path, stage: str, microbatch: int) -> list[str]:
 
 
 def measure(folder: Path, stage: str, microbatch: int, *more: str) -> tuple[float, float]:
-    """MB that a stage says it will need, and needs."""
+    """The memory that a stage plans, and its measured peak, in MB."""
     asked = [*command(folder, stage, microbatch), *more]
     said = subprocess.run([*asked, "--plan", "true"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     planned = float(re.findall(r"total +([\d,]+) MB", said)[0].replace(",", ""))
@@ -87,7 +88,7 @@ def measure(folder: Path, stage: str, microbatch: int, *more: str) -> tuple[floa
 
 
 def measured_table() -> Iterator[str]:
-    """Every stage at every size, and what saves memory at one."""
+    """The rows for every stage at every size; at one size also with each flag that saves memory."""
     yield "| model | stage | planned, MB | measured, MB | planned / measured |\n|---|---|---|---|---|"
     for size, microbatch in SIZES.items():
         with tempfile.TemporaryDirectory() as name:
@@ -100,14 +101,14 @@ def measured_table() -> Iterator[str]:
                 cases += [(s, m) for s in ("dpo", "ppo") for m in savers]
             millions = parameters(replace(PRESETS[size], vocab_size=500)) / 1e6
             for stage, more in cases:
-                planned, found = measure(folder, stage, microbatch, *more)
+                planned, peak = measure(folder, stage, microbatch, *more)
                 what = f"{size} ({millions:.0f} M)", " ".join((stage, *more))
-                yield f"| {what[0]} | {what[1]} | {planned:,.0f} | {found:,.0f} | {planned / found:.2f} |"
-                print(f"{what[0]} {what[1]}: planned {planned:,.0f} MB, measured {found:,.0f} MB", file=sys.stderr)
+                yield f"| {what[0]} | {what[1]} | {planned:,.0f} | {peak:,.0f} | {planned / peak:.2f} |"
+                print(f"{what[0]} {what[1]}: planned {planned:,.0f} MB, measured {peak:,.0f} MB", file=sys.stderr)
 
 
 def real(d: int, ffn: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool) -> LlamaConfig:
-    """The shape of a model that people have."""
+    """The shape of a published model. `d`: width, `kv`: heads of keys, `tied`: the embedding is also the head."""
     shape: dict[str, Any] = {
         "hidden_size": d,
         "intermediate_size": ffn,
@@ -146,7 +147,7 @@ WEIGHTS: dict[str, dict[str, Any]] = {
 
 
 def needed(c: LlamaConfig, stage: str, **more: Any) -> str:
-    """The fewest 80 GB GPUs (a power of two) that hold a stage, and the GB that each then needs."""
+    """The smallest number of 80 GB GPUs (a power of two) that a stage fits on, and the GB that each of them needs."""
     kind, flags = STAGES[stage]
     config = kind(**LIMITS, **flags, **more)
     for processes in (2**i for i in range(11)):
@@ -157,7 +158,7 @@ def needed(c: LlamaConfig, stage: str, **more: Any) -> str:
 
 
 def plan_table() -> Iterator[str]:
-    """Every model, every stage, with all weights learning in fp32, in bf16, and with adapters on weights in bf16."""
+    """The rows for every model: all weights trained in fp32, all in bf16, and adapters on weights in bf16."""
     yield f"| model | parameters | weights | {' | '.join(STAGES)} |"
     yield "|---" * (3 + len(STAGES)) + "|"
     for name, c in MODELS.items():
@@ -167,7 +168,7 @@ def plan_table() -> Iterator[str]:
 
 
 def main() -> None:
-    """Measure, and write the page's two tables anew."""
+    """Compute the tables that are named on the command line, by default both, and write them to the page."""
     for mark, table in (("plans", plan_table), ("measured", measured_table)):
         if mark in (sys.argv[1:] or ("plans", "measured")):
             write_between(PAGE, f"<!-- {mark} -->\n", f"<!-- end of {mark} -->", "\n".join(table()) + "\n")

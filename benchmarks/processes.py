@@ -1,7 +1,7 @@
-"""python -m benchmarks.processes: tokens a second of DPO steps in one process, and in several (DDP, FSDP2).
+"""python -m benchmarks.processes: tokens a second of DPO steps in one process and in several (DDP, FSDP2).
 
-On one machine's cores, each process with its share of the threads. The difference of a long and a short run is timed,
-so that starting does not count; ways are interleaved, and the table in docs/processes.md has medians.
+All processes share the cores of one machine. A long and a short run are timed and their difference is taken, so that
+the time to start does not count. The ways take turns, and the table in docs/processes.md has their medians.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.plans import PROMPT, RESPONSE, ROOT, write_inputs
 from experiments.grid import commit, machine
 from mpo.runtime.files import write_between
-from mpo.runtime.tables import table
+from mpo.runtime.output import table
 
 PAGE = ROOT / "docs" / "processes.md"
 BEGIN, END = "<!-- written by benchmarks.processes -->\n", "<!-- end -->"
@@ -25,15 +25,15 @@ BATCH, SHORT, LONG, REPEATS, SIZE = 8, 4, 16, 5, "mini"
 
 
 def ways(cores: int) -> dict[str, tuple[int, int, bool]]:
-    """Name -> processes, threads of each, sharded."""
-    found = {"1 process, 1 thread": (1, 1, False), f"1 process, {cores} threads": (1, cores, False)}
+    """Name -> processes, threads of each, whether models are sharded."""
+    result = {"1 process, 1 thread": (1, 1, False), f"1 process, {cores} threads": (1, cores, False)}
     for name, sharded in (("DDP", False), ("FSDP2", True)):
-        found[f"{cores} processes, 1 thread each, {name}"] = (cores, 1, sharded)
-    return found
+        result[f"{cores} processes, 1 thread each, {name}"] = (cores, 1, sharded)
+    return result
 
 
 def seconds(folder: Path, way: tuple[int, int, bool], steps: int) -> float:
-    """Of a whole DPO stage."""
+    """How long a whole DPO stage with this many steps takes."""
     processes, threads, sharded = way
     start = ["-m", "mpo.runtime.launch", str(processes)] if processes > 1 else []
     inputs = ["--data", f"{folder}/data/train.jsonl", "--model", f"{folder}/model", "--out", f"{folder}/out"]
@@ -46,21 +46,21 @@ def seconds(folder: Path, way: tuple[int, int, bool], steps: int) -> float:
 
 
 def main() -> None:
-    """Measure, and write the page's table."""
+    """Measure, and write the table of the page."""
     cores = os.cpu_count() or 1
-    found: dict[str, list[float]] = {name: [] for name in ways(cores)}
+    rates: dict[str, list[float]] = {name: [] for name in ways(cores)}  # tokens a second
     tokens = BATCH * (PROMPT + 2 * RESPONSE) * (LONG - SHORT)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder, SIZE)
         for _ in range(REPEATS):
             for way, sizes in ways(cores).items():
-                found[way].append(tokens / (seconds(folder, sizes, LONG) - seconds(folder, sizes, SHORT)))
-    middle = {way: statistics.median(rates) for way, rates in found.items()}
-    alone = middle["1 process, 1 thread"]
+                rates[way].append(tokens / (seconds(folder, sizes, LONG) - seconds(folder, sizes, SHORT)))
+    medians = {way: statistics.median(values) for way, values in rates.items()}
+    alone = medians["1 process, 1 thread"]
     rows = [
         [way, f"{rate:,.0f}", f"{rate / ways(cores)[way][0]:,.0f}", f"{rate / alone:.2f}"]
-        for way, rate in middle.items()
+        for way, rate in medians.items()
     ]
     text = f"DPO steps of the `{SIZE}` preset on full rows, {REPEATS} repeats. "
     text += f"Machine: {machine()}. Commit: {commit()}.\n\n"

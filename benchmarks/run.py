@@ -1,4 +1,4 @@
-"""make bench: us and our peers in one run, taking turns; writes docs/benchmarks.md and bench.json."""
+"""make bench: this project and its peers, timed in turns in one run. Writes bench.json and docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_json, write_text
 from mpo.runtime.flags import parse
-from mpo.runtime.tables import table
+from mpo.runtime.output import table
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One row of the first table: a case of ours against a case of a peer."""
+    """One row of the first table: a case of this project against a case of a peer."""
 
     name: str
-    ours: str  # a case of ours.py; -bf16: in that precision
+    ours: str  # a case of ours.py; with -bf16, products in bf16
     peer: str  # a case of peers.py
-    environment: str  # the peer's, a folder of .peers/
-    target: float  # how many times as fast we mean to be
+    environment: str  # the peer's environment, a folder of .peers/
+    target: float  # how many times as fast as the peer this project aims to be
 
 
 CONTESTS = (
@@ -55,10 +55,10 @@ GROWTH = "Seconds and memory of a step against vocabulary, tokens of a text, pai
 
 @dataclass(frozen=True)
 class Heads:
-    """One row of the second table: ways to get log-probs from hidden states."""
+    """Rows of the second table: ways to compute log-probs from hidden states."""
 
     name: str
-    suffix: str
+    suffix: str  # which is added to each way to name a case of heads.py
     ways: tuple[str, ...]
 
 
@@ -69,26 +69,26 @@ HEADS = (
     Heads("log-probs, with gradients", "-backward", tuple(way for way in ALONE if way != "product")),
     Heads("policy, reference, KL, entropy", "-pair", PAIR),
 )
-THEIRS = ("trl", "cut-cross-entropy")  # ways that need the peers' environment
+THEIRS = ("trl", "cut-cross-entropy")  # ways that run in the peers' environment
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """Measure this project and its peers side by side."""
 
-    repeats: int = 7  # turns of each, after one that does not count
-    threads: int = 0  # of each; 0: one a core
-    only: str = ""  # only the rows whose name holds this; the others stay as they were
+    repeats: int = 7  # turns that count; one more goes before them
+    threads: int = 0  # threads of each process; 0: one per core
+    only: str = ""  # measure only the rows whose name contains this, and keep the others
     out: str = "benchmarks/bench.json"  # every number measured
     page: str = "docs/benchmarks.md"  # the tables
 
 
 class Worker:
-    """A process that does one step a turn (turns.py)."""
+    """A process that does one step each turn (turns.py)."""
 
     def __init__(self, command: Sequence[str], threads: int, more: Mapping[str, str] | None = None):
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(more or {})
-        self.words = tempfile.TemporaryFile("w+")  # what it says besides  # noqa: SIM115
+        self.words = tempfile.TemporaryFile("w+")  # its stderr  # noqa: SIM115
         self.command = [*command, str(threads)]
         self.process = subprocess.Popen(
             self.command,
@@ -102,7 +102,7 @@ class Worker:
         self.loaded_mib = self._read()["mib"]
 
     def turn(self) -> Row:
-        """One step: {"seconds", "peak_mib"}."""
+        """Do one step; returns {"seconds", "peak_mib"}. Raises InputError if the process has ended."""
         assert self.process.stdin
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -127,7 +127,11 @@ class Worker:
 def hold(
     commands: Mapping[str, Sequence[str]], repeats: int, threads: int, environment: Mapping[str, str] | None = None
 ) -> dict[str, Row]:
-    """Let all take turns: for each its median and every time, and the memory of a step above what it had loaded."""
+    """Let all commands take turns.
+
+    Returns for each name {"seconds", "all", "step_mib"}: the median time, every time, and by how many MiB the peak of a
+    step exceeds what the process held once everything was loaded.
+    """
     workers: dict[str, Worker] = {}
     turns: dict[str, list[Row]] = {name: [] for name in commands}
     try:
@@ -139,34 +143,34 @@ def hold(
     finally:
         for worker in workers.values():
             worker.stop()
-    found = {}
+    results = {}
     for name, worker in workers.items():
         times = [turn["seconds"] for turn in turns[name][1:]]
         step_mib = turns[name][-1]["peak_mib"] - worker.loaded_mib
-        found[name] = {"seconds": statistics.median(times), "all": times, "step_mib": step_mib}
-    return found
+        results[name] = {"seconds": statistics.median(times), "all": times, "step_mib": step_mib}
+    return results
 
 
 def python_of(environment: str) -> str:
-    """The interpreter of a peers' environment."""
+    """The Python interpreter of one of the peers' environments."""
     return str(ROOT / ".peers" / environment / "bin" / "python")
 
 
 def contest(c: Contest, repeats: int, threads: int) -> Row:
-    """Ours and the peer's, and how many times as fast ours is."""
+    """Measure one row of the first table: both sides, and how many times as fast this project is."""
     commands = {
         "ours": [sys.executable, "-m", "benchmarks.ours", c.ours],
         "peer": [python_of(c.environment), "benchmarks/peers.py", c.peer],
     }
-    found = hold(commands, repeats, threads)
-    row: Row = {"name": c.name, "target": c.target, "gflops": workload.flops(c.ours) / 1e9} | found
-    row["ratio"] = found["peer"]["seconds"] / found["ours"]["seconds"]
-    row["memory_ratio"] = found["ours"]["step_mib"] / found["peer"]["step_mib"]
+    sides = hold(commands, repeats, threads)
+    row: Row = {"name": c.name, "target": c.target, "gflops": workload.flops(c.ours) / 1e9} | sides
+    row["ratio"] = sides["peer"]["seconds"] / sides["ours"]["seconds"]
+    row["memory_ratio"] = sides["ours"]["step_mib"] / sides["peer"]["step_mib"]
     return row
 
 
 def heads(h: Heads, size: tuple[int, ...], repeats: int, threads: int) -> Row:
-    """All ways of one kind at one size."""
+    """Measure one row of the second table: all ways at one size (N, V, D)."""
     commands = {}
     for way in h.ways:
         case = way + h.suffix.replace("-backward", "") + ("-backward" if "backward" in h.suffix else "")
@@ -176,13 +180,13 @@ def heads(h: Heads, size: tuple[int, ...], repeats: int, threads: int) -> Row:
 
 
 def rate(threads: int) -> float:
-    """GFLOP/s of a large matrix product of torch's, the limit that shares are of."""
-    found = hold({"rate": [sys.executable, "-m", "benchmarks.heads", "product", "512", "512", "16384"]}, 9, threads)
-    return 2e-9 * 512 * 512 * 16384 / min(found["rate"]["all"])
+    """The speed of one of torch's large matrix products, in GFLOP/s, which the page calls the peak of the machine."""
+    results = hold({"rate": [sys.executable, "-m", "benchmarks.heads", "product", "512", "512", "16384"]}, 9, threads)
+    return 2e-9 * 512 * 512 * 16384 / min(results["rate"]["all"])
 
 
 def first_table(rows: Sequence[Row], peak: float) -> str:
-    """The contests; "at the peak": how many times as fast the same operations would be at the rate of the machine."""
+    """The contests. `peak`: of the machine, in GFLOP/s; benchmarks/page.md explains the columns."""
     header = [
         "what",
         "ours, s",
@@ -199,14 +203,14 @@ def first_table(rows: Sequence[Row], peak: float) -> str:
         share = r["gflops"] / r["ours"]["seconds"] / peak
         memory = f"{r['ours']['step_mib']:.0f} / {r['peer']['step_mib']:.0f}"
         times = [f"{r[side]['seconds']:.3f}" for side in ("ours", "peer")]
-        most = "-" if "bf16" in r["name"] else f"{r['ratio'] / share:.1f}"  # whose peak is another
+        most = "-" if "bf16" in r["name"] else f"{r['ratio'] / share:.1f}"  # the peak of bf16 is another one
         what = [r["name"], *times, f"{r['ratio']:.2f}", f"{r['target']:g}{reached}", memory]
         lines.append([*what, f"{100 * share:.0f} %", most])
     return table(header, lines)
 
 
 def second_table(rows: Sequence[Row]) -> str:
-    """The ways to log-probs: milliseconds and MiB of each."""
+    """The ways to compute log-probs: milliseconds and MiB of each."""
     lines = []
     for r in rows:
         cells = [f"{1e3 * r[w]['seconds']:.0f} / {r[w]['step_mib']:.0f}" if w in r else "-" for w in ALONE]
@@ -215,15 +219,15 @@ def second_table(rows: Sequence[Row]) -> str:
 
 
 def profile(case: str, threads: int) -> Row:
-    """Where a step of ours spends its time (breakdown.py)."""
+    """The seconds that each compiled function takes of a step of this project (breakdown.py)."""
     command = [sys.executable, "-m", "benchmarks.breakdown", case, str(threads)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    result: Row = json.loads(done.stderr.splitlines()[-1])  # turns.py leaves stdout to its own lines
+    result: Row = json.loads(done.stderr.splitlines()[-1])  # turns.py sends everything but its own lines to stderr
     return result
 
 
 def third_table(profiles: Mapping[str, Row]) -> str:
-    """Shares of a step, by compiled function; a column a case."""
+    """The share of a step that each compiled function takes, with one column for each case."""
     names = sorted(
         {n for row in profiles.values() for n in row}, key=lambda n: -max(r.get(n, 0) for r in profiles.values())
     )
@@ -232,31 +236,31 @@ def third_table(profiles: Mapping[str, Row]) -> str:
     return table(["share of a step", *profiles], [*lines, ["seconds", *(f"{s:.3f}" for s in total.values())]])
 
 
-def write_page(path: Path, found: Mapping[str, Any]) -> None:
-    """The page, from everything that bench.json holds."""
-    scaling, growth = found.get("scaling"), "Not measured yet: python -m benchmarks.scaling"
+def write_page(path: Path, bench: Mapping[str, Any]) -> None:
+    """Fill the template page.md with the content of bench.json."""
+    scaling, growth = bench.get("scaling"), "Not measured yet: python -m benchmarks.scaling"
     if scaling:
         growth = f"Machine: {scaling['machine']}. Commit: {scaling['commit']}.\n\n![{GROWTH}](figures/scaling.png)"
     more = {
-        "table": first_table(found["rows"], found["peak"]),
-        "heads": second_table(found["heads"]),
+        "table": first_table(bench["rows"], bench["peak"]),
+        "heads": second_table(bench["heads"]),
         "scaling": growth,
-        "profile": third_table(found["profiles"]) if "profiles" in found else "not measured yet",
-        "profile_machine": found.get("profile_machine", ""),
-        "stages": found.get("stages", {}).get("table", "not measured yet"),
+        "profile": third_table(bench["profiles"]) if "profiles" in bench else "not measured yet",
+        "profile_machine": bench.get("profile_machine", ""),
+        "stages": bench.get("stages", {}).get("table", "not measured yet"),
     }
     text = (ROOT / "benchmarks" / "page.md").read_text(encoding="utf-8")
-    write_text(path, text.format(**dict(found) | more))
+    write_text(path, text.format(**dict(bench) | more))
 
 
 def main(config: BenchConfig) -> None:
-    """Run what is asked for, one row after another, then write what was found."""
+    """Measure the rows that are asked for, one after another, then write bench.json and the page."""
     threads = config.threads or os.cpu_count() or 1
     before: Row = read_json(Path(config.out)) if Path(config.out).exists() else {}
     rows = {r["name"]: r for r in before.get("rows", []) if config.only}
     head_rows = {r["name"]: r for r in before.get("heads", []) if config.only}
     about = {name: before.get(name) for name in ("machine", "commit", "threads", "repeats", "peak")}
-    if config.only != "profile":  # which has a machine of its own
+    if config.only != "profile":  # the profile has an entry "profile_machine" of its own
         about = {"machine": machine(), "commit": commit(), "threads": threads}
         about |= {"repeats": config.repeats, "peak": rate(threads)}
         print(f"matrix products: {about['peak']:.0f} GFLOP/s", flush=True)

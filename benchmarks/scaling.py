@@ -1,6 +1,7 @@
-"""How time and memory of a DPO step grow with vocabulary, length, batch and width; ours, in plain torch, and trl's.
+"""How the time and memory of a DPO step grow with vocabulary, length, batch and width: python -m benchmarks.scaling
 
-python -m benchmarks.scaling    measures what is missing of bench.json's "scaling" and draws docs/figures/scaling.png
+Compares this project, this project in plain torch, and trl. Measures the points that are missing from "scaling" in
+bench.json, and draws docs/figures/scaling.png.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ AXES = {
 }
 BASE = {"vocabulary": 8192, "tokens": 192, "pairs": 16, "width": 256}
 OURS = [sys.executable, "-m", "benchmarks.ours", "dpo-best"]
-WAYS: dict[str, tuple[list[str], dict[str, str]]] = {  # command, environment
+WAYS: dict[str, tuple[list[str], dict[str, str]]] = {  # command, and what it has in its environment
     "this project": (OURS, {}),
     "this project, plain torch": (OURS, {"MPO_KERNELS": "reference"}),
     "trl": ([python_of("now"), "benchmarks/peers.py", "dpo"], {}),
@@ -36,32 +37,32 @@ WAYS: dict[str, tuple[list[str], dict[str, str]]] = {  # command, environment
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingConfig:
-    """Measure what is missing, draw the figure."""
+    """Measure what is missing, and draw the figure."""
 
-    repeats: int = 3  # turns of each, after one that does not count
-    threads: int = 0  # of each; 0: one a core
-    again: bool = False  # measure anew what is there already
+    repeats: int = 3  # turns that count; one more goes before them
+    threads: int = 0  # threads of each process; 0: one per core
+    again: bool = False  # measure again what has been measured already
     out: str = "benchmarks/bench.json"  # where the numbers are kept
     figure: str = "docs/figures/scaling.png"  # where the figure goes
 
 
 def key(sizes: dict[str, int]) -> str:
-    """A point's name."""
+    """The name of a point in bench.json."""
     return ", ".join(f"{k} {v}" for k, v in sizes.items())
 
 
 def measure(sizes: dict[str, int], config: ScalingConfig) -> dict[str, Any]:
-    """One point: every way's median seconds and the memory of its step, one after the other."""
-    found = {}
+    """Measure one point, one way after the other: the median time of a step, in seconds, and its memory, in MiB."""
+    results = {}
     for way, (command, more) in WAYS.items():
         environment = {"MPO_BENCH": json.dumps(sizes)} | more
         row = hold({way: command}, config.repeats, config.threads or os.cpu_count() or 1, environment)[way]
-        found[way] = {"seconds": row["seconds"], "step_mib": row["step_mib"]}
-    return found
+        results[way] = {"seconds": row["seconds"], "step_mib": row["step_mib"]}
+    return results
 
 
 def draw(points: dict[str, dict[str, Any]], path: Path) -> None:
-    """Time above, memory below; a column for each size that grows."""
+    """Draw the figure: time above, memory below, and a column for each size that grows."""
 
     def of(way: str, axis: str, value: int) -> tuple[float, float]:
         row = points[key(BASE | {axis: value})][way]
@@ -72,7 +73,7 @@ def draw(points: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main(config: ScalingConfig) -> None:
-    """Point by point; each is kept as soon as it is measured."""
+    """Measure point by point, writing each to bench.json at once; then draw the figure and write the page."""
     out = Path(config.out)
     everything = read_json(out) if out.exists() else {}
     kept = everything.get("scaling", {})

@@ -1,7 +1,8 @@
-"""A benchmark's worker: does one step each time it is told to, and says how long it took.
+"""A worker of the benchmark: it does one step each time it is told to, and reports how long that took.
 
-Protocol, by lines: the worker prints {"ready": true}; for each line it reads it does one step and
-prints {"seconds": ..., "peak_mib": ...}. So a runner can let workers take turns on one machine.
+The protocol consists of lines. The worker prints {"ready": true, "mib": ...} once it has loaded everything. For each
+line that it reads, it does one step and prints {"seconds": ..., "peak_mib": ...}. So run.py can let several workers
+take turns on one machine.
 """
 
 from __future__ import annotations
@@ -13,30 +14,30 @@ import sys
 import time
 from collections.abc import Callable
 
-_out = os.fdopen(os.dup(1), "w")  # what the libraries print goes to stderr, and not between our lines
+_out = os.fdopen(os.dup(1), "w")  # for the protocol; what libraries print to stdout goes to stderr from now on
 os.dup2(2, 1)
 
 
 def ready() -> None:
-    """Tell the runner that all is loaded."""
+    """Report that everything is loaded."""
     print(json.dumps({"ready": True, "mib": _mib()}), file=_out, flush=True)
 
 
 def wait() -> float:
-    """Block until the next turn; returns the time at which it began. Exits when there is none."""
+    """Wait for the next turn and return the time at which it began. Exits if no turn follows."""
     if not sys.stdin.readline():
         os._exit(0)
     return time.perf_counter()
 
 
 def report(began: float, **more: float) -> None:
-    """Say how long the turn took."""
+    """Report how long the turn took that began at this time."""
     result = {"seconds": time.perf_counter() - began, "peak_mib": _mib()} | more
     print(json.dumps(result), file=_out, flush=True)
 
 
 def serve(step: Callable[[], object]) -> None:
-    """Do one step a turn, for ever."""
+    """Do one step each turn until no turn follows."""
     ready()
     while True:
         began = wait()
@@ -45,4 +46,5 @@ def serve(step: Callable[[], object]) -> None:
 
 
 def _mib() -> float:
+    """The most memory that this process has used so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,7 +1,7 @@
-"""The shared workload: a model's shape and token ids, for us and for every peer. Needs numpy only.
+"""The workload that this project and its peers share: the shape of a model, and token ids. Needs numpy only.
 
-MPO_BENCH in the environment, a JSON object, changes sizes: {"vocabulary": ..., "tokens": ..., "pairs": ...,
-"width": ...}.
+The environment variable MPO_BENCH changes its sizes. It holds a JSON object with some of "vocabulary", "tokens" (of a
+prompt and its response), "pairs" (of a step) and "width".
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ SHAPE: dict[str, Any] = {  # in Hugging Face's names
     "pad_token_id": 3,
 }
 PROMPT, RESPONSE = SIZES["tokens"] * 2 // 3, SIZES["tokens"] // 3
-PAIRS = SIZES["pairs"]  # of one step of DPO or of the reward model
-ROLLOUT = 32  # prompts of one PPO iteration, and rows of one batch of generation
+PAIRS = SIZES["pairs"]  # in one step of DPO or of the reward model
+ROLLOUT = 32  # prompts in one PPO iteration, and rows in one batch of generation
 EPOCHS, MINIBATCHES = 4, 1  # of PPO
 BETA, LR = 0.1, 1e-5
-HEADS = ((2048, 8192, 256), (4096, 32000, 256))  # rows, vocabulary, width: one step of DPO; a real vocabulary
+HEADS = ((2048, 8192, 256), (4096, 32000, 256))  # N, V, D: as in one step of DPO; with the vocabulary of a real model
 
 
 def tokens(*shape: int, seed: int = 0) -> Any:
-    """Random ids that are none of the special ones, as nested lists."""
+    """Random token ids as nested lists of this shape, without special tokens."""
     return np.random.default_rng(seed).integers(10, SHAPE["vocab_size"], shape).tolist()
 
 
 def pairs(count: int) -> list[dict[str, list[int]]]:
-    """Preference pairs as ids; every response ends in EOS."""
+    """Preference pairs as token ids. Every response ends in EOS."""
     eos = [SHAPE["eos_token_id"]]
     prompts = tokens(count, PROMPT, seed=1)
     chosen, rejected = (tokens(count, RESPONSE - 1, seed=s) for s in (2, 3))
@@ -51,16 +51,17 @@ def pairs(count: int) -> list[dict[str, list[int]]]:
 
 
 def flops(case: str) -> float:
-    """Multiplications and additions that one step of a case of ours asks for: matrix products and attention.
+    """The multiplications and additions in the matrix products and the attention of one step of a case in ours.py.
 
-    A token costs 2 a weight forward and twice that backward. What is recomputed to save memory does not count.
+    A token costs 2 operations for each weight in the forward pass, and twice as many in the backward pass. What is
+    computed again to save memory does not count.
     """
     d, layers = SHAPE["hidden_size"], SHAPE["num_hidden_layers"]
     weights = layers * (4 * d * d + 3 * d * SHAPE["intermediate_size"])
     head = d * SHAPE["vocab_size"]
 
     def forward(prompts: int, responses: int, heads: int = 1) -> float:
-        """Texts with a prompt each of `prompts`, continued by `responses` (each by one of them)."""
+        """One forward pass over prompts and responses, where each response continues one of the prompts."""
         tokens = prompts * PROMPT + responses * RESPONSE
         seen = prompts * PROMPT**2 / 2 + responses * RESPONSE * (PROMPT + RESPONSE / 2)
         return 2 * (tokens * weights + 2 * layers * d * seen + heads * responses * RESPONSE * head)

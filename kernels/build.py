@@ -1,7 +1,7 @@
-"""Compile cpp/ with the system's compiler: python kernels/build.py, which `make setup` runs.
+"""Compile the C++ in cpp/ with the system's compiler: python kernels/build.py, which `make setup` runs.
 
-The library's name has a hash of the sources, the flags and the processor, so that a library built for
-another machine, or from older source, is not found rather than run.
+The file name of the library contains a hash of the sources, the flags and the processor. So a library that was built
+from older sources, or on another machine, is never loaded.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 
 SOURCES = Path(__file__).with_name("cpp")
 FLAGS = "-std=c++17 -O3 -march=native -ffp-contract=fast -fno-math-errno -fopenmp -fPIC -shared".split()
-FLAGS += os.environ.get("MPO_KERNELS_FLAGS", "").split()  # more of them: another library (make sanitize)
+FLAGS += os.environ.get("MPO_KERNELS_FLAGS", "").split()  # `make sanitize` adds some, and so builds another library
 
 
 def library() -> Path:
-    """Where the compiled kernels are, or would be, for this source on this processor."""
+    """The path of the compiled kernels for these sources on this processor, whether they have been built or not."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
@@ -30,29 +30,31 @@ def library() -> Path:
 
 
 def compiler() -> str | None:
-    """The system's C++ compiler: $CXX, or the first of c++, g++, clang++."""
+    """The path of the C++ compiler: the first that exists of $CXX, c++, g++ and clang++; None without any."""
     return next(
-        (found for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (found := shutil.which(name))),
+        (path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))),
         None,
     )
 
 
 def build(target: Path | None = None) -> Path:
-    """Compile to `target` (library() unless given); the file appears whole or not at all.
+    """Compile the library to `target` (by default library()) and return its path.
 
-    Errors: RuntimeError with the compiler's words where there is none or it fails.
+    The file is renamed into place once it is complete, so that no other process loads half of it.
+
+    Raises RuntimeError without a compiler, or with the compiler's message where it fails.
     """
     target = target or library()
-    found = compiler()
-    if found is None:
+    cxx = compiler()
+    if cxx is None:
         raise RuntimeError("no C++ compiler (g++ or clang++) found")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f".{os.getpid()}.part")
     sources = sorted(map(str, SOURCES.glob("*.cpp")))
-    done = subprocess.run([found, *FLAGS, *sources, "-o", str(part)], capture_output=True, text=True)
+    done = subprocess.run([cxx, *FLAGS, *sources, "-o", str(part)], capture_output=True, text=True)
     if done.returncode:
         part.unlink(missing_ok=True)
-        raise RuntimeError(f"{found} failed: {done.stderr.strip()[:2000]}")
+        raise RuntimeError(f"{cxx} failed: {done.stderr.strip()[:2000]}")
     part.replace(target)
     return target
 
@@ -62,4 +64,4 @@ if __name__ == "__main__":
         if not library().exists():
             build()
     except RuntimeError as e:
-        print(f"kernels: {e}; everything works without, more slowly", file=sys.stderr)
+        print(f"kernels: {e}; everything works without the compiled kernels, but more slowly", file=sys.stderr)

@@ -1,12 +1,11 @@
-"""The head in plain torch, a few rows at a time: the fallback where there is no compiled kernel.
+"""The head in plain torch, a few rows at a time: the fallback where no compiled kernel takes the tensors.
 
-Never more than CHUNK logits exist at once; the backward pass computes them again (1604.06174).
+At most CHUNK logits exist at once, or one row of them. The backward pass computes them again (1604.06174).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,19 +17,21 @@ CHUNK = 2**22  # logits: 16 MB in fp32
 
 
 def takes(function: str, hidden: Tensor, weight: Tensor) -> bool:
-    """Whether there are too many logits to hold at once."""
+    """True where there are too many logits to hold at once."""
     return len(hidden) * len(weight) > CHUNK
 
 
-def _by_rows(function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], *whole: Any) -> tuple[Tensor, ...]:
-    """`function` on a few of the N rows at a time, with its results concatenated."""
-    size = max(1, CHUNK // len(whole[0]))
+def _by_rows(
+    function: Callable[..., tuple[Tensor, ...]], rows: tuple[Tensor, ...], *weights: Tensor
+) -> tuple[Tensor, ...]:
+    """Call function(*rows, *weights) on a few of the N rows at a time, and concatenate its results."""
+    size = max(1, CHUNK // len(weights[0]))
     parts = []
     for chunk in zip(*(tensor.split(size) for tensor in rows), strict=True):
         if torch.is_grad_enabled():
-            parts.append(checkpoint(function, *chunk, *whole, use_reentrant=False, preserve_rng_state=False))
+            parts.append(checkpoint(function, *chunk, *weights, use_reentrant=False, preserve_rng_state=False))
         else:
-            parts.append(function(*chunk, *whole))
+            parts.append(function(*chunk, *weights))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 

@@ -1,9 +1,14 @@
-"""Kernels: a transformer's layers, log-probs of tokens, exact KL, sampling. Knows nothing of mpo.
+"""The public functions: a transformer's layers, log-probs of tokens, exact KL, sampling, and the KV cache.
 
-Every public function takes `impl=`: the name of an implementation, or None for the best one here.
-"reference" (reference.py) is the definition in plain torch, and what MPO_KERNELS=reference in the
-environment makes of None; "cpu" (cpu/, cpp/) is compiled by `make setup` and never holds the
-logits; "chunked" (chunked.py) does without a compiler, and holds few of them; "gpu" (gpu/) is Triton's.
+This folder knows nothing of the rest of mpo. Each function takes `impl`, the name of an implementation:
+
+    reference  the definition, in plain torch (reference.py)
+    chunked    the head in plain torch, a few rows at a time, so that only few logits exist at once (chunked.py)
+    cpu        C++ that `make setup` compiles; never holds the logits (cpu/, cpp/)
+    gpu        Triton, for NVIDIA GPUs; never holds the logits (gpu/)
+
+None stands for the one that the environment variable MPO_KERNELS names, or else for the fastest one that takes the
+tensors. An implementation that lacks a function uses the definition. An unknown name raises ValueError.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from .reference import LayerWeights as LayerWeights
 from .weight_cache import constant_weights as constant_weights
 from .weight_cache import derived
 
-default = os.environ.get("MPO_KERNELS") or None  # the implementation where none is named; None: the best one
+default = os.environ.get("MPO_KERNELS") or None  # what impl=None stands for; None: the fastest implementation
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
 try:
     from . import cpu
@@ -49,36 +54,36 @@ _bf16 = False
 
 
 def use_bf16(on: bool) -> None:
-    """Whether matrix products round what they multiply to bf16 from now on; sums and results stay fp32."""
+    """From now on, round the operands of matrix products to bf16, or stop doing so. Sums and results stay fp32."""
     global _bf16
     _bf16 = on
 
 
 def in_bf16() -> bool:
-    """Whether they do."""
+    """True where matrix products round their operands to bf16."""
     return _bf16
 
 
 def _rounded(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The head's operands, in bf16 where that is wanted."""
+    """The operands of the head's product, converted to bf16 after use_bf16(True)."""
     if not _bf16:
         return hidden, weight
     return hidden.bfloat16(), derived("bf16", weight, Tensor.bfloat16)
 
 
 class PolicyReference(NamedTuple):
-    """Per-token results of one pass over policy and reference, each of shape (N,)."""
+    """The results of one pass over policy and reference, for each of N tokens; (N,) each, fp32, in nats."""
 
-    logp: Tensor
-    ref_logp: Tensor
-    kl: Tensor
-    entropy: Tensor
+    logp: Tensor  # of the target under the policy
+    ref_logp: Tensor  # of the target under the reference
+    kl: Tensor  # KL(policy || reference), summed over the whole vocabulary
+    entropy: Tensor  # of the policy
 
 
 def _implementation(impl: str | None, function: str, *tensors: Tensor) -> ModuleType:
-    """The one dispatch rule: the named implementation, or the last of the list that takes these tensors."""
+    """The one dispatch rule: the named implementation, or the last one in IMPLEMENTATIONS that takes these tensors."""
     impl = impl or default
-    if torch.compiler.is_compiling():  # which makes its own programs, of torch's operations
+    if torch.compiler.is_compiling():  # torch.compile makes its own kernels, and only from torch's operations
         return reference
     if impl is not None:
         if impl not in IMPLEMENTATIONS:
@@ -91,34 +96,48 @@ def _implementation(impl: str | None, function: str, *tensors: Tensor) -> Module
 
 
 def linear(x: Tensor, weight: Tensor, impl: str | None = None) -> Tensor:
-    """x (..., K) times weight (N, K) transposed -> (..., N), differentiable in both."""
+    """x W^T: x (..., K), weight W (N, K) -> (..., N). Differentiable in both."""
     result: Tensor = _implementation(impl, "linear", x, weight).linear(x, weight, _bf16)
     return result
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str | None = None) -> Tensor:
-    """x (N, D) over its root mean square, times weight (D,) -> (N, D) (1910.07467); differentiable in both."""
+    """x / sqrt(mean(x^2) + eps) * weight: x (N, D), weight (D,) -> (N, D). Differentiable in both.
+
+    Source: 1910.07467.
+    """
     result: Tensor = _implementation(impl, "rms_norm", x, weight).rms_norm(x, weight, eps)
     return result
 
 
 def swiglu(gate: Tensor, up: Tensor, impl: str | None = None) -> Tensor:
-    """silu(gate) * up, all (N, F) (2002.05202); differentiable in both."""
+    """silu(gate) * up: (N, F) each -> (N, F). Differentiable in both. Source: 2002.05202."""
     result: Tensor = _implementation(impl, "swiglu", gate, up).swiglu(gate, up)
     return result
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, impl: str | None = None) -> Tensor:
-    """Rotary positions (2104.09864): x (N, H, d), cos and sin (N, d/2) -> (N, H, d); differentiable in x."""
+    """Rotary positions: x (N, H, d), cos and sin of the angles (N, d/2) -> (N, H, d). Differentiable in x.
+
+    Source: 2104.09864.
+    """
     result: Tensor = _implementation(impl, "rotate", x, cos).rotate(x, cos, sin)
     return result
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, impl: str | None = None) -> Tensor:
-    """Causal attention within packed texts (packing.py), with grouped queries (2305.13245).
+    """Causal attention within packed texts (packing.py), with grouped queries. Source: 2305.13245.
 
-    Args: q (N, H, d); k, v (N, H_kv, d), each head of which serves H / H_kv query heads.
-    Returns: (N, H, d); differentiable in all three.
+    Args:
+        q: queries (N, H, d).
+        k, v: keys and values (N, H_kv, d); each of their heads serves H / H_kv heads of queries.
+        packing: how the N tokens make up texts.
+
+    Returns:
+        (N, H, d), differentiable in q, k and v.
+
+    Raises:
+        ValueError: the packing has another number of tokens than q. Only the compiled kernel checks this.
     """
     result: Tensor = _implementation(impl, "attention", q, k).attention(q, k, v, packing, _bf16)
     return result
@@ -127,7 +146,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, impl: str | Non
 def kv_cache(
     layers: int, rows: int, length: int, heads: int, dim: int, like: Tensor, impl: str | None = None
 ) -> reference.KVCache:
-    """An empty cache (reference.KVCache) for `rows` texts of at most `length` tokens, typed like `like`, or bf16."""
+    """An empty KV cache, with the interface of reference.KVCache.
+
+    Args:
+        layers: how many layers store keys and values.
+        rows: texts in the cache.
+        length: the most tokens that one text may have.
+        heads: heads of keys, H_kv.
+        dim: width d of a head.
+        like: a tensor whose device the cache takes, and whose dtype, except that use_bf16(True) means bf16.
+    """
     module = _implementation(impl, "KVCache", like, like)
     dtype = torch.bfloat16 if _bf16 else like.dtype
     result: reference.KVCache = module.KVCache(layers, rows, length, heads, dim, dtype, like.device)
@@ -137,11 +165,19 @@ def kv_cache(
 def decoder(
     layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: reference.KVCache, impl: str | None = None
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A step of generation through all layers of a Llama (reference.decoder), whose weights do not change meanwhile.
+    """A function that takes one more token of each text through all layers of a Llama. No gradients.
 
-    Args: layers; norm (D,), the last one; cache, filled, of the same implementation.
-    Returns: a function of x (B, D), the embeddings of one more token of each row, and of cos and sin (B, d/2)
-    of its angles, that stores its keys and values and returns its normed hidden states (B, D).
+    The weights must not change as long as the function is used, since it may hold copies of them.
+
+    Args:
+        layers: the weights of each layer.
+        norm: the weight of the last RMSNorm (D,).
+        eps: of every RMSNorm.
+        cache: made by `kv_cache` with the same `impl`, and already filled with the beginnings of B texts.
+
+    Returns:
+        A function of the tokens' embeddings (B, D), and of cos and sin of their angles (B, d/2), that stores their
+        keys and values in the cache and returns their hidden states after the last norm (B, D).
     """
     step: Callable[[Tensor, Tensor, Tensor], Tensor] = _implementation(impl, "decoder", norm, norm).decoder(
         layers, norm, eps, cache, _bf16
@@ -152,10 +188,19 @@ def decoder(
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, impl: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of its distribution, softmax(hidden @ weight.T / temperature).
+    """Log-probs of given tokens, and the entropy of the distribution softmax(hidden @ weight.T / temperature).
 
-    Args: hidden (N, D); weight (V, D), the head; targets (N,) int64 in [0, V).
-    Returns: logp (N,) and entropy (N,), fp32, in nats; logp is differentiable in hidden and weight.
+    Args:
+        hidden: hidden states (N, D).
+        weight: the head (V, D).
+        targets: one token for each hidden state, (N,) int64 in [0, V).
+        temperature: divides the logits.
+
+    Returns:
+        logp (N,) and entropy (N,), fp32, in nats. logp is differentiable in hidden and weight.
+
+    Raises:
+        IndexError: a target is outside [0, V). In plain torch this is a RuntimeError.
     """
     hidden, weight = _rounded(hidden, weight)
     module = _implementation(impl, "token_logprobs", hidden, weight)
@@ -172,10 +217,19 @@ def policy_reference(
     temperature: float = 1.0,
     impl: str | None = None,
 ) -> PolicyReference:
-    """Log-probs under policy and reference, exact KL(policy || reference) and policy entropy.
+    """Log-probs of given tokens under policy and reference, exact KL(policy || reference), and the policy's entropy.
 
-    Args: hidden, ref_hidden (N, D); weight, ref_weight (V, D); targets (N,).
-    Returns: four (N,) fp32 tensors in nats; logp and kl are differentiable in the policy's hidden and weight.
+    Args:
+        hidden, weight: the policy's hidden states (N, D) and head (V, D).
+        ref_hidden, ref_weight: those of the reference, (N, D_ref) and (V, D_ref).
+        targets: one token for each hidden state, (N,) int64 in [0, V).
+        temperature: divides the logits of both.
+
+    Returns:
+        Four tensors (N,), fp32, in nats. logp and kl are differentiable in hidden and weight.
+
+    Raises:
+        IndexError: a target is outside [0, V). In plain torch this is a RuntimeError.
     """
     (hidden, weight), (ref_hidden, ref_weight) = _rounded(hidden, weight), _rounded(ref_hidden, ref_weight)
     module = _implementation(impl, "policy_reference", hidden, weight)
@@ -190,10 +244,16 @@ def sample_tokens(
     temperature: float = 1.0,
     impl: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw a token from softmax(hidden @ weight.T / temperature), by inverting its CDF at `uniform`.
+    """Draw tokens from softmax(hidden @ weight.T / temperature), by inverting the cumulative distribution.
 
-    Args: hidden (N, D); weight (V, D); uniform (N,) in [0, 1), the only randomness.
-    Returns: tokens (N,) int64 and their log-probs (N,) fp32 under that same distribution.
+    Args:
+        hidden: hidden states (N, D).
+        weight: the head (V, D).
+        uniform: random numbers (N,) in [0, 1), one for each draw; there is no other randomness.
+        temperature: divides the logits.
+
+    Returns:
+        The tokens (N,) int64, and their log-probs under the same distribution (N,), fp32, in nats.
     """
     hidden, weight = _rounded(hidden, weight)
     module = _implementation(impl, "sample_tokens", hidden, weight)

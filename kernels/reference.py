@@ -1,6 +1,6 @@
-"""The definition of every kernel in plain torch: what a reader reads first.
+"""The definition of every kernel, in plain torch. Read this first; functions.py explains the arguments.
 
-Logits, softmax and sums are fp32 (or wider) whatever the dtype of hidden states and weights.
+At the head, logits, softmax and sums are fp32 or wider, whatever the dtype of the hidden states and weights.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from .packing import Packing
 
 
 def linear(x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
-    """x W^T; with bf16 both are rounded to it first."""
+    """x W^T. With `bf16`, both operands are rounded to bf16 first."""
     return F.linear(x.bfloat16().to(x.dtype), weight.bfloat16().to(x.dtype)) if bf16 else F.linear(x, weight)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, with the statistics in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight. The norm is computed in fp32."""
     return F.rms_norm(x.float(), (x.shape[-1],), eps=eps).to(x.dtype) * weight
 
 
@@ -31,20 +31,23 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + d/2]) by its angle, the same for all heads."""
+    """Rotate each pair (x[i], x[i + d/2]) by an angle of its own. All heads have the same angles."""
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)  # (N, 1, d/2)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def _by_segment(x: Tensor, index: Tensor, heads: int) -> Tensor:
-    """(N, H_kv, d), at the places (S, T), each head as often as it takes to make `heads`: (S, heads, T, d)."""
-    found = x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)  # (S, H_kv, T, d)
-    return found.repeat_interleave(heads // found.shape[1], 1)
+    """The tokens of x (N, H_kv, d) at the positions `index` (S, T), with heads repeated up to `heads`.
+
+    Returns (S, heads, T, d).
+    """
+    gathered = x.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)  # (S, H_kv, T, d)
+    return gathered.repeat_interleave(heads // gathered.shape[1], 1)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bf16: bool) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, over the keys that each token sees; with bf16, q and k are rounded to it first."""
+    """softmax(q k^T / sqrt(d)) v over the keys that each token sees. With `bf16`, q and k are rounded to bf16 first."""
     if bf16:
         q, k = q.bfloat16().to(q.dtype), k.bfloat16().to(k.dtype)
     H, at = q.shape[1], packing.padded
@@ -55,31 +58,36 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bf16: bool) -> 
 
 
 class KVCache:
-    """Keys and values of B texts that grow by a token a step, for generation; without gradients."""
+    """Keys and values of B texts, each of which grows by one token a step. For generation; no gradients.
+
+    First every layer fills the cache with the beginnings of some texts, and `begin` counts them; this is repeated
+    until all texts have begun. Then, in each step, every layer attends from one more token of each text, and
+    `advance` counts it.
+    """
 
     def __init__(
         self, layers: int, rows: int, length: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device
     ):
         self.store = torch.zeros(layers, 2, rows, length, heads, dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,): tokens stored so far
-        self.longest = 0  # no row has more, as the CPU knows without asking the device
-        self.filled = 0  # rows that have begun
+        self.longest = 0  # no row has more tokens; kept as an int, since reading `lengths` would wait for the device
+        self.filled = 0  # rows whose texts have begun
 
     def fill(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> None:
-        """Store the beginnings of the next rows: keys and values (N, H_kv, d) of S roots."""
+        """Store the beginnings of the next S texts, which are the roots of `packing`: keys and values (N, H_kv, d)."""
         at = packing.padded
         rows = slice(self.filled, self.filled + len(at.own_index))
         for store, x in zip(self.store[layer], (k, v), strict=True):
             store[rows, : at.own_index.shape[1]] = x[at.own_index].to(store.dtype)
 
     def begin(self, lengths: Tensor) -> None:
-        """Once all layers have stored the beginnings of S rows: they have these lengths (S,)."""
+        """Record the lengths (S,) of the texts that all layers have just stored."""
         self.lengths[self.filled : self.filled + len(lengths)] = lengths.to(self.lengths.device)
         self.longest = max(self.longest, int(lengths.max()))
         self.filled += len(lengths)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store one more token of each row, k and v (B, H_kv, d), and attend from it: q (B, H, d) -> (B, H, d)."""
+        """Store one more token of each text, k and v (B, H_kv, d), and attend from it: q (B, H, d) -> (B, H, d)."""
         rows, H = torch.arange(len(q), device=q.device), q.shape[1]
         self.store[layer, 0, rows, self.lengths], self.store[layer, 1, rows, self.lengths] = (
             k.to(self.store.dtype),
@@ -94,33 +102,33 @@ class KVCache:
         return F.scaled_dot_product_attention(q[:, :, None], keys, values, attn_mask=mask)[:, :, 0]
 
     def advance(self) -> None:
-        """Once all layers have stored one more token of each row: count it."""
+        """Count the token of each text that all layers have just stored."""
         self.longest += 1
         self.lengths = self.lengths + 1
 
     def take(self, rows: Tensor) -> None:
-        """Go on with these rows only, in this order; a row may be taken more than once."""
+        """Continue with these rows only, in this order. A row may occur more than once."""
         self.store, self.lengths = self.store[:, :, rows], self.lengths[rows]
 
 
 class LayerWeights(NamedTuple):
-    """The weights of one layer, by role."""
+    """The weights of one layer, in the order in which cpp/decode.cpp reads them."""
 
-    attention_norm: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    o: Tensor
-    mlp_norm: Tensor
-    gate: Tensor
-    up: Tensor
-    down: Tensor
+    attention_norm: Tensor  # (D,)
+    q: Tensor  # (H d, D)
+    k: Tensor  # (H_kv d, D)
+    v: Tensor  # (H_kv d, D)
+    o: Tensor  # (D, H d)
+    mlp_norm: Tensor  # (D,)
+    gate: Tensor  # (F, D)
+    up: Tensor  # (F, D)
+    down: Tensor  # (D, F)
 
 
 def decoder(
     layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: KVCache, bf16: bool
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """From one more token of each row, its embedding (B, D) and its angles' cos and sin, to hidden states."""
+    """A function of embeddings (B, D), cos and sin (B, d/2) -> hidden states (B, D): one more token of each text."""
 
     def step(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         for i, w in enumerate(layers):
@@ -137,16 +145,17 @@ def decoder(
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """The log-probs of all tokens, (N, V)."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     logits = hidden.to(wide) @ weight.to(wide).T / temperature  # (N, V)
     return logits.log_softmax(-1)
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """log p(target) and H(p) = -sum_v p_v log p_v."""
+    """log p(target), and the entropy H(p) = -sum_v p_v log p_v."""
     logps = _log_softmax(hidden, weight, temperature)  # (N, V)
     logp = logps.gather(-1, targets[:, None]).squeeze(-1)  # (N,)
-    with torch.no_grad():  # entropy is a statistic here, not part of any loss
+    with torch.no_grad():  # no loss uses the entropy
         entropy = -(logps.exp() * logps).sum(-1)
     return logp, entropy
 
@@ -159,9 +168,12 @@ def policy_reference(
     targets: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log p(target), log q(target), KL(p || q) = sum_v p_v (log p_v - log q_v), H(p)."""
+    """log p(target), log q(target), KL(p || q) = sum_v p_v (log p_v - log q_v), and the entropy H(p).
+
+    p is the policy's distribution, q the reference's.
+    """
     logps = _log_softmax(hidden, weight, temperature)  # (N, V)
-    with torch.no_grad():  # the reference stays as it is
+    with torch.no_grad():  # the reference is not trained
         ref_logps = _log_softmax(ref_hidden, ref_weight, temperature)  # (N, V)
     p = logps.exp()
     kl = (p * (logps - ref_logps)).sum(-1)

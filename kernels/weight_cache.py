@@ -1,4 +1,4 @@
-"""A cache of what kernels derive from weights (packed or rounded copies), for as long as no weight changes."""
+"""A cache of what the kernels derive from weights, such as packed or rounded copies, while no weight changes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _cache: dict[tuple[str, int], tuple[Tensor, Tensor]] | None = None  # None outsi
 
 @contextmanager
 def constant_weights() -> Iterator[None]:
-    """Within this context no weight may change: whatever a kernel derives from one is made once and kept.
+    """Within this context no weight may change, and whatever a kernel derives from a weight is made once and kept.
 
-    For generation, whose steps are short compared with the time that rearranging a weight takes.
+    For generation: its steps are short compared with the time that rearranging the weights takes.
     """
     global _cache
     before, _cache = _cache, {} if _cache is None else _cache
@@ -25,7 +25,7 @@ def constant_weights() -> Iterator[None]:
 
 
 def derived(kind: str, weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """make(weight), cached within `constant_weights`."""
+    """make(weight), which is cached within `constant_weights`. `kind` names what is derived."""
     if _cache is None:
         return make(weight)
     key = kind, weight.data_ptr()

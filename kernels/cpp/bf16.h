@@ -1,5 +1,6 @@
-// Operands of either kind, fp32 or bf16. Products of bf16 numbers have fp32 sums: half the memory, and on processors with AVX512-BF16 twice the
-// rate. Numbers go in pairs, of neighbouring k: one 32-bit lane holds both, the earlier in its lower half.
+// Packed operands of either kind, fp32 or bf16. Products of bf16 numbers are summed in fp32. They need half the memory
+// and, on processors with AVX512-BF16, run at twice the rate. bf16 numbers are packed in pairs of neighbouring k: one
+// 32-bit lane holds both, the one with the smaller k in its lower half.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -30,15 +31,16 @@ static inline Pairs pair(Vec low, Vec high) {
     return (rounded(low) >> 16) | (rounded(high) & 0xffff0000u);
 }
 
-// Rows [first, first + W) of m, columns [k0, k0 + K), as [K / 2, rounded up][W] pairs; what is past an end is 0.
+// Pack rows [first, first + W) and columns [k0, k0 + K) of m, as [K / 2, rounded up][W] pairs. Past the last row or
+// column the numbers are 0.
 template <int W>
 static void pack_pairs(const Matrix& m, int64_t first, int64_t k0, int64_t K, uint32_t* out) {
-    const int64_t there = std::min<int64_t>(W, m.rows - first), whole = K / 2;
+    const int64_t rows = std::min<int64_t>(W, m.rows - first), full_pairs = K / 2;
     const float* x = static_cast<const float*>(m.data) + first * m.row + k0 * m.column;
-    const auto value = [&](int64_t i, int64_t k) { return i < there && k < K ? m.at(first + i, k0 + k) : 0.0f; };
+    const auto value = [&](int64_t i, int64_t k) { return i < rows && k < K ? m.at(first + i, k0 + k) : 0.0f; };
     int64_t k = 0;
-    if (!m.bf16 && there == W && m.row == 1) {  // rows lie together: two columns make pairs
-        for (; k < whole; k++) {
+    if (!m.bf16 && rows == W && m.row == 1) {  // rows are adjacent in memory: two columns make pairs
+        for (; k < full_pairs; k++) {
             for (int i = 0; i < W; i += LANES) {
                 const int size = (W - i < LANES ? W - i : LANES) * 4;
                 Vec low{}, high{};
@@ -48,18 +50,19 @@ static void pack_pairs(const Matrix& m, int64_t first, int64_t k0, int64_t K, ui
                 std::memcpy(out + k * W + i, &p, size);
             }
         }
-    } else if (m.bf16 && there == W && m.column == 1) {  // pairs lie ready
+    } else if (m.bf16 && rows == W && m.column == 1) {  // pairs are adjacent in memory already
         const uint16_t* half = static_cast<const uint16_t*>(m.data) + first * m.row + k0;
-        for (; k < whole; k++) {
+        for (; k < full_pairs; k++) {
             for (int64_t i = 0; i < W; i++) std::memcpy(out + k * W + i, half + i * m.row + 2 * k, 4);
         }
-    } else if (!m.bf16 && there == W && m.column == 1) {
-        for (; k + LANES / 2 <= whole; k += LANES / 2) {
+    } else if (!m.bf16 && rows == W && m.column == 1) {
+        for (; k + LANES / 2 <= full_pairs; k += LANES / 2) {
             for (int64_t i = 0; i < W; i++) {
                 typedef uint64_t Both __attribute__((vector_size(LANES * 4)));
                 typedef uint32_t Words __attribute__((vector_size(LANES * 2)));
                 const Both both = (Both)rounded(load(x + i * m.row + 2 * k));
-                const Words pairs = __builtin_convertvector(((both >> 16) & 0xffff) | ((both >> 32) & 0xffff0000u), Words);
+                const Both packed = ((both >> 16) & 0xffff) | ((both >> 32) & 0xffff0000u);
+                const Words pairs = __builtin_convertvector(packed, Words);
                 for (int j = 0; j < LANES / 2; j++) out[(k + j) * W + i] = pairs[j];
             }
         }
@@ -69,7 +72,7 @@ static void pack_pairs(const Matrix& m, int64_t first, int64_t k0, int64_t K, ui
     }
 }
 
-// sum + the two products of each lane.
+// Adds the two products of each lane to the sum.
 static inline __attribute__((always_inline)) Vec add_pairs(Vec sum, Pairs a, Pairs b) {
 #if defined(__AVX512BF16__)
     return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
@@ -79,7 +82,7 @@ static inline __attribute__((always_inline)) Vec add_pairs(Vec sum, Pairs a, Pai
 #endif
 }
 
-// t += a b with a [pairs][ROWS] and b [pairs][PANEL].
+// t += a b, for a [pairs][ROWS] and b [pairs][PANEL].
 static inline __attribute__((always_inline)) void add_product_pairs(Tile& t, const uint32_t* a, const uint32_t* b,
                                                                     int64_t pairs) {
     for (int64_t k = 0; k < pairs; k++) {
@@ -95,9 +98,10 @@ static inline __attribute__((always_inline)) void add_product_pairs(Tile& t, con
     }
 }
 
-// --- either kind: fp32, or pairs of bf16 in the same words -----------------------------------------
+// --- either kind: fp32, or pairs of bf16 in 32-bit words of the same arrays -------------------------
 
-static inline int64_t depth(int64_t K, bool pairs) { return pairs ? (K + 1) / 2 : K; }  // words a row of K takes
+// The words that K numbers of a row take.
+static inline int64_t depth(int64_t K, bool pairs) { return pairs ? (K + 1) / 2 : K; }
 
 template <int W>
 static void pack_any(const Matrix& m, int64_t first, int64_t k0, int64_t K, bool pairs, float* out) {
@@ -105,11 +109,12 @@ static void pack_any(const Matrix& m, int64_t first, int64_t k0, int64_t K, bool
     else pack<W>(m, first, k0, K, out);
 }
 
-// t += a b of packed operands.
+// t += a b, for packed operands.
 static inline __attribute__((always_inline)) void add_packed(Tile& t, const float* a, const float* b, int64_t K,
                                                              bool pairs) {
     if (pairs) {
-        add_product_pairs(t, reinterpret_cast<const uint32_t*>(a), reinterpret_cast<const uint32_t*>(b), depth(K, true));
+        add_product_pairs(t, reinterpret_cast<const uint32_t*>(a), reinterpret_cast<const uint32_t*>(b),
+                          depth(K, true));
     } else {
         add_product<true>(t, a, ROWS, b, K);
     }

@@ -1,6 +1,7 @@
-// Keys and values of texts that grow by a token a step, and one query a text against them: what
-// generation does, limited by the memory that it reads: fp32, or bf16 for half as much. For each slot and head,
-// keys are [block of LANES tokens][d][LANES], so that LANES scores appear side by side, and values [token][d].
+// The KV cache of generation: keys and values of texts that grow by one token a step, and attention of one query of
+// each text to them. Its speed is limited by the memory that it reads, so the cache may also be bf16, which is half as
+// large as fp32. For each slot and head, keys are stored as [block of LANES tokens][d][LANES], so that one vector holds
+// the scores of LANES tokens, and values as [token][d].
 
 #pragma once
 
@@ -24,7 +25,7 @@ static inline Vec numbers(const Half* from) {
 template <class X>
 struct Cache {  // one layer
     X *keys, *values;
-    int64_t heads, length, d;  // length: room for tokens, a multiple of LANES
+    int64_t heads, length, d;  // length: tokens that a slot has room for, a multiple of LANES
 
     X* keys_of(int64_t slot, int64_t head) const { return keys + (slot * heads + head) * length * d; }
     X* values_of(int64_t slot, int64_t head) const { return values + (slot * heads + head) * length * d; }
@@ -37,9 +38,10 @@ struct Cache {  // one layer
     }
 };
 
-// softmax(q k) v over `count` tokens; scores has room for all.
+// softmax(q k^T / sqrt(d)) v over `count` tokens. `scores` has room for them, rounded up to whole vectors.
 template <class X>
-static void one_query(const float* q, const X* keys, const X* values, int64_t count, int64_t d, float* scores, float* out) {
+static void one_query(const float* q, const X* keys, const X* values, int64_t count, int64_t d, float* scores,
+                      float* out) {
     const float scale = 1 / std::sqrt(float(d));
     Vec top = splat(-1e30f), total{};
     for (int64_t t = 0; t < count; t += LANES) {
@@ -59,7 +61,7 @@ static void one_query(const float* q, const X* keys, const X* values, int64_t co
     const float inverse = 1 / sum(total);
     int64_t i = 0;
     for (; i + LANES <= d; i += LANES) {
-        Vec o[4]{};  // four sums, so that no addition waits for the one before
+        Vec o[4]{};  // four sums, so that no addition has to wait for the one before
         int64_t t = 0;
         for (; t + 4 <= count; t += 4) {
             for (int k = 0; k < 4; k++) o[k] += scores[t + k] * numbers(values + (t + k) * d + i);

@@ -1,5 +1,7 @@
-// One token of each of B texts through all layers of a transformer, in one call and one parallel region: at a few
-// rows a step is short, and much of it would be calls and waiting. See ../reference.py, decoder.
+// One more token of each of B texts, through all layers of a transformer. See `decoder` in ../reference.py.
+//
+// All of it is one call and one parallel region. With few rows a step is short, and separate calls and waiting threads
+// would take much of its time.
 
 #include "cache.h"
 
@@ -20,7 +22,7 @@ void fill(const Cache<X>& cache, const float* k, const float* v, const int64_t* 
     }
 }
 
-struct Layer {  // weights packed, norms and cache as they are; in the order of ../cpu/decode.py
+struct Layer {  // the weights of products are packed; in the order of LayerWeights (../reference.py), then the cache
     const float *attention_norm, *q, *k, *v, *o, *mlp_norm, *gate, *up, *down;
     void *keys, *values;
 };
@@ -31,21 +33,21 @@ struct Step {
     bool pairs;
     const float *cos, *sin;  // (B, d / 2)
     const int64_t *slots, *lengths;
-    int64_t room;  // of the cache
+    int64_t room;  // tokens that a slot of the cache has room for
 
-    // What threads share: rows (B, ...) and the packed left operand of the product to come.
+    // What the threads share: rows (B, ...), and the packed left operand of the next product.
     Buffer x, qkv, attended, inner, packed;
 
-    int64_t wide() const { return std::max(std::max(D, H * d), F); }
+    int64_t widest() const { return std::max(std::max(D, H * d), F); }
 
-    static int64_t whole(int64_t rows) { return (rows + ROWS - 1) / ROWS * ROWS; }
+    static int64_t in_whole_tiles(int64_t rows) { return (rows + ROWS - 1) / ROWS * ROWS; }
 
-    // A product's left operand: tile `row` of m (B, K).
+    // Pack rows [row, row + ROWS) of m (B, K) as a left operand.
     void pack_tile(const float* m, int64_t K, int64_t row) const {
         pack_any<ROWS>(Matrix{m, B, K, K, 1, false}, row, 0, K, pairs, packed.get() + row * depth(K, pairs));
     }
 
-    // The same of x over its root mean square, times a norm's weight.
+    // Pack the same rows of x after an RMSNorm with this weight.
     void pack_normed(const float* weight, int64_t row, float* scratch) const {
         for (int64_t b = row; b < std::min(B, row + ROWS); b++) norm(b, weight, scratch + (b - row) * D);
         const Matrix m{scratch, std::min<int64_t>(ROWS, B - row), D, D, 1, false};
@@ -64,7 +66,8 @@ struct Step {
         return t;
     }
 
-    // Columns [column, column + PANEL) of the packed operand times a weight (N, K), to or onto out (B, stride).
+    // Columns [column, column + PANEL) of the packed operand times a weight (N, K). They are written to `out`, or added
+    // to it; its rows are `stride` apart.
     void panel(const float* weight, int64_t N, int64_t K, int64_t column, bool add, float* out, int64_t stride) const {
         for (int64_t row = 0; row < B; row += ROWS) {
             put(tile(row, weight, column, K), std::min<int64_t>(ROWS, B - row), N - column, add,
@@ -72,7 +75,7 @@ struct Step {
         }
     }
 
-    // silu(gate) up, of the same columns.
+    // Columns [column, column + PANEL) of silu(gate) * up.
     void gated_panel(const Layer& layer, int64_t column) const {
         for (int64_t row = 0; row < B; row += ROWS) {
             Tile gate = tile(row, layer.gate, column, D);
@@ -84,7 +87,8 @@ struct Step {
         }
     }
 
-    void turn(int64_t b, float* x) const {  // by row b's angles, in place
+    // Rotate one head by the angles of row b, in place.
+    void rotate_head(int64_t b, float* x) const {
         for (int64_t i = 0; i < d / 2; i++) {
             const float c = cos[b * d / 2 + i], s = sin[b * d / 2 + i], first = x[i], second = x[i + d / 2];
             x[i] = first * c - second * s;
@@ -97,16 +101,16 @@ struct Step {
         const Cache<X> cache{static_cast<X*>(layer.keys), static_cast<X*>(layer.values), KV, room, d};
         float* row = qkv.get() + b * (H + 2 * KV) * d;
         float *k = row + (H + head) * d, *v = k + KV * d;
-        turn(b, k);
+        rotate_head(b, k);
         cache.put(slots[b], head, lengths[b], k, v);
         for (int64_t h = head * (H / KV); h < (head + 1) * (H / KV); h++) {
-            turn(b, row + h * d);
-            one_query(row + h * d, cache.keys_of(slots[b], head), cache.values_of(slots[b], head), lengths[b] + 1, d, scores,
-                      attended.get() + (b * H + h) * d);
+            rotate_head(b, row + h * d);
+            one_query(row + h * d, cache.keys_of(slots[b], head), cache.values_of(slots[b], head), lengths[b] + 1, d,
+                      scores, attended.get() + (b * H + h) * d);
         }
     }
 
-    // By all threads of a parallel region; x is the input and becomes the output.
+    // One layer, called by all threads of a parallel region. `x` is its input and becomes its output.
     template <class X>
     void layer(const Layer& l, float* scratch) const {
         const int64_t all = (H + 2 * KV) * d, of_q = H * d, of_k = KV * d;
@@ -142,14 +146,15 @@ struct Step {
 
 }  // namespace
 
-// The beginnings of S texts, packed end to end, into a layer's cache: k, v (N, heads, d).
+// Store the beginnings of S texts, packed end to end, in the cache of one layer: k, v (N, heads, d).
 extern "C" void cache_fill(void* keys, void* values, const float* k, const float* v, const int64_t* lengths, int64_t S,
                            int64_t heads, int64_t room, int64_t d, int64_t bf16, int64_t threads) {
     if (bf16) fill(Cache<Half>{(Half*)keys, (Half*)values, heads, room, d}, k, v, lengths, S, threads);
     else fill(Cache<float>{(float*)keys, (float*)values, heads, room, d}, k, v, lengths, S, threads);
 }
 
-// x (B, D), the tokens' embeddings, to out (B, D), their normed hidden states; their keys and values join the cache.
+// From the embeddings x (B, D) of one more token of each text to out (B, D), their hidden states after the last norm.
+// Their keys and values are stored in the cache.
 extern "C" void decode(const float* x, const Layer* layers, int64_t count, const float* norm, const float* cos,
                        const float* sin, const int64_t* slots, const int64_t* lengths, int64_t B, int64_t D, int64_t H,
                        int64_t KV, int64_t d, int64_t F, float eps, int64_t room, int64_t bf16_cache, int64_t pairs,
@@ -159,11 +164,11 @@ extern "C" void decode(const float* x, const Layer* layers, int64_t count, const
     s.qkv = buffer(B * (H + 2 * KV) * d);
     s.attended = buffer(B * H * d);
     s.inner = buffer(B * F);
-    s.packed = buffer(Step::whole(B) * depth(s.wide(), pairs));
+    s.packed = buffer(Step::in_whole_tiles(B) * depth(s.widest(), pairs));
     std::copy(x, x + B * D, s.x.get());
 #pragma omp parallel num_threads(threads)
     {
-        const Buffer scratch = buffer(std::max(ROWS * D, room));  // normed rows, or scores
+        const Buffer scratch = buffer(std::max(ROWS * D, room));  // of each thread: rows after a norm, or scores
         for (int64_t i = 0; i < count; i++) {
             if (bf16_cache) s.layer<Half>(layers[i], scratch.get());
             else s.layer<float>(layers[i], scratch.get());

@@ -1,5 +1,5 @@
-// What stands between a transformer's products: RMSNorm, SwiGLU, rotary positions. Each reads its inputs
-// once; the backward passes compute again what is cheap.
+// What a transformer computes between its matrix products: RMSNorm, SwiGLU, rotary positions. Each function reads its
+// inputs once. The backward passes compute again what is cheap to compute.
 
 #include <vector>
 
@@ -7,24 +7,24 @@
 
 namespace {
 
-constexpr int64_t GRAIN = 16 * 1024;  // numbers from which a loop is worth sharing out
+constexpr int64_t GRAIN = 16 * 1024;  // a loop over more numbers than this is divided among threads
 
-// f(i) for vectors of LANES numbers at i, then for the rest one by one through padded copies.
+// Apply f to vectors of LANES numbers, and to the last, incomplete vector through padded copies.
 template <int IN, int OUT, class F>
 void map(int64_t n, int threads, const float* const (&in)[IN], float* const (&out)[OUT], F f) {
-    const int64_t whole = n / LANES * LANES;
+    const int64_t in_vectors = n / LANES * LANES;
 #pragma omp parallel for num_threads(threads) if (n > GRAIN)
-    for (int64_t i = 0; i < whole; i += LANES) {
+    for (int64_t i = 0; i < in_vectors; i += LANES) {
         Vec x[IN], y[OUT];
         for (int k = 0; k < IN; k++) x[k] = load(in[k] + i);
         f(x, y);
         for (int k = 0; k < OUT; k++) store(out[k] + i, y[k]);
     }
-    if (whole == n) return;
+    if (in_vectors == n) return;
     Vec x[IN]{}, y[OUT];
-    for (int k = 0; k < IN; k++) std::memcpy(&x[k], in[k] + whole, (n - whole) * 4);
+    for (int k = 0; k < IN; k++) std::memcpy(&x[k], in[k] + in_vectors, (n - in_vectors) * 4);
     f(x, y);
-    for (int k = 0; k < OUT; k++) std::memcpy(out[k] + whole, &y[k], (n - whole) * 4);
+    for (int k = 0; k < OUT; k++) std::memcpy(out[k] + in_vectors, &y[k], (n - in_vectors) * 4);
 }
 
 float dot3(const float* a, const float* b, const float* c, int64_t n) {  // sum of a b c
@@ -61,20 +61,21 @@ extern "C" void rms_norm(const float* x, const float* weight, int64_t N, int64_t
     }
 }
 
-// With r = 1 / rms: dx = r (w dy - x r^2 mean(w dy x)), dw = sum over rows of dy x r. d_weight comes as zeros.
-extern "C" void rms_norm_backward(const float* x, const float* weight, const float* inverse, const float* d_out, int64_t N,
-                                  int64_t D, int64_t threads, float* dx, float* d_weight) {
-    const int64_t blocks = std::min<int64_t>(N, 64);  // of rows; their sums are added in order, whoever made them
+// With r = 1 / rms: dx = r (w dy - x r^2 mean(w dy x)), dw = sum over rows of dy x r. The caller passes d_weight as
+// zeros.
+extern "C" void rms_norm_backward(const float* x, const float* weight, const float* inverse, const float* d_out,
+                                  int64_t N, int64_t D, int64_t threads, float* dx, float* d_weight) {
+    const int64_t blocks = std::min<int64_t>(N, 64);  // of rows; their sums are added in a fixed order
     std::vector<float> sums(blocks * D, 0.0f);
 #pragma omp parallel for num_threads(threads) if (N * D > GRAIN)
     for (int64_t block = 0; block < blocks; block++) {
-        float* mine = sums.data() + block * D;
+        float* block_sum = sums.data() + block * D;
         for (int64_t n = block * N / blocks; n < (block + 1) * N / blocks; n++) {
             const float *row = x + n * D, *dy = d_out + n * D, r = inverse[n];
             const float pull = dot3(row, dy, weight, D) * r * r / D;
             for (int64_t i = 0; i < D; i++) {
                 dx[n * D + i] = r * (weight[i] * dy[i] - row[i] * pull);
-                mine[i] += dy[i] * row[i] * r;
+                block_sum[i] += dy[i] * row[i] * r;
             }
         }
     }
@@ -83,9 +84,9 @@ extern "C" void rms_norm_backward(const float* x, const float* weight, const flo
     }
 }
 
-// x (N, H, d) by the angles whose cos and sin are (N, d / 2); sign -1 turns back.
-extern "C" void rotate(const float* x, const float* cos, const float* sin, int64_t N, int64_t H, int64_t d, int64_t threads,
-                       float sign, float* out) {
+// Rotate x (N, H, d) by the angles whose cos and sin are (N, d / 2); with sign -1, by minus these angles.
+extern "C" void rotate(const float* x, const float* cos, const float* sin, int64_t N, int64_t H, int64_t d,
+                       int64_t threads, float sign, float* out) {
     const int64_t half = d / 2;
 #pragma omp parallel for num_threads(threads) if (N * H * d > GRAIN)
     for (int64_t n = 0; n < N; n++) {

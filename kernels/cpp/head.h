@@ -1,17 +1,17 @@
-// What the head's kernels share (logprobs.cpp, sampling.cpp): every tile of the logits, shown to whom it concerns.
+// What the head's kernels share (logprobs.cpp, sampling.cpp): a loop over all tiles of the logits.
 //
-// All are one matrix product, logits = hidden weight^T, whose results are used up where they appear: in
-// registers. No N x V array exists. hidden is packed once as [tile][D][ROWS], weight chunk by chunk as
-// [panel][D][PANEL] by the thread that multiplies with it. Inputs are fp32 or bf16, everything else is fp32.
+// Each kernel is the matrix product logits = hidden weight^T, whose results are used up in the registers in which
+// they appear, so that no N x V array exists. `hidden` is packed once, as [tile][D][ROWS]. `weight` is packed chunk by
+// chunk, as [panel][D][PANEL], by the thread that multiplies with it. Inputs are fp32 or bf16; all else is fp32.
 
 #pragma once
 
 #include "bf16.h"
 
-constexpr int CHUNK_BYTES = 512 * 1024;  // packed weights that a core's own cache holds
-constexpr float NEVER = -1e30f;          // the logit of a column that does not exist
+constexpr int CHUNK_BYTES = 512 * 1024;  // of packed weights: so much fits into the cache of one core
+constexpr float NEVER = -1e30f;          // the logit of a column beyond the vocabulary
 
-// Give the columns from `valid` on the logit NEVER.
+// Set the logits of all columns from `valid` on to NEVER.
 static inline void cut(Tile& t, int64_t valid) {
     for (int half = 0; half < 2; half++) {
         for (int lane = 0; lane < LANES; lane++) {
@@ -22,12 +22,12 @@ static inline void cut(Tile& t, int64_t valid) {
     }
 }
 
-struct Side {  // one model
+struct Side {  // one of two models that are compared, or the only one
     Matrix hidden, weight;
-    bool pairs;          // bf16: products of pairs
+    bool pairs;          // whether both are bf16, so that operands are packed in pairs
     float inverse;       // 1 / temperature
-    const float* ready;  // the whole weight packed, or null
-    Buffer packed;       // hidden, [tile][depth][ROWS]
+    const float* ready;  // all of the weight, packed already, or null
+    Buffer packed;       // hidden, as [tile][depth][ROWS]
 
     Side(const void* h, const void* w, int64_t N, int64_t D, int64_t V, bool bf16, float temperature, int threads,
          const float* ready = nullptr)
@@ -38,12 +38,14 @@ struct Side {  // one model
           ready(ready),
           packed(buffer((N + ROWS - 1) / ROWS * ROWS * words())) {
 #pragma omp parallel for num_threads(threads)
-        for (int64_t row = 0; row < N; row += ROWS) pack_any<ROWS>(hidden, row, 0, D, pairs, packed.get() + row * words());
+        for (int64_t row = 0; row < N; row += ROWS) {
+            pack_any<ROWS>(hidden, row, 0, D, pairs, packed.get() + row * words());
+        }
     }
 
     int64_t words() const { return depth(hidden.width, pairs); }
 
-    // The weights of columns [first, last), packed: into `room` unless they are.
+    // The packed weights of columns [first, last). They are packed into `room`, unless the weight is packed already.
     const float* columns(int64_t first, int64_t last, float* room) const {
         if (ready) return ready + first * words();
         for (int64_t v = first; v < last; v += PANEL) {
@@ -52,7 +54,7 @@ struct Side {  // one model
         return room;
     }
 
-    // The logits of rows [row, row + ROWS), columns [column, column + PANEL), whose packed weights are `panel`.
+    // The logits of rows [row, row + ROWS) and columns [column, column + PANEL); `panel` has the columns' weights.
     inline __attribute__((always_inline)) Tile logits(int64_t row, int64_t column, const float* panel) const {
         Tile t{};
         add_packed(t, packed.get() + row * words(), panel, hidden.width, pairs);
@@ -64,14 +66,15 @@ struct Side {  // one model
     }
 };
 
-// How V columns are shared out: `count` chunks of `size` columns, whole panels, in `sections` of neighbouring chunks. Who
-// does a section when is chance; what is done within it, and that sections are merged in their order, is not.
+// How the V columns are divided among threads: into `count` chunks of `size` columns (whole panels), and the chunks
+// into `sections` of neighbouring ones. It is chance which thread computes a section, and when. But the order of sums
+// within a section is fixed, and so is the order in which sections are merged. So the result is always the same.
 struct Chunks {
     int64_t size, count, sections;
 
     Chunks(int64_t V, int64_t D, int threads) {
         const int64_t cached = CHUNK_BYTES / (4 * std::max<int64_t>(D, 1)) / PANEL * PANEL;
-        const int64_t fair = (V / (4 * threads) + PANEL) / PANEL * PANEL;  // four chunks a thread or more
+        const int64_t fair = (V / (4 * threads) + PANEL) / PANEL * PANEL;  // at least four chunks for each thread
         size = std::max<int64_t>(PANEL, std::min(cached, fair));
         count = (V + size - 1) / size;
         sections = std::min<int64_t>(count, 8 * threads);
@@ -83,16 +86,17 @@ struct Chunks {
     }
 };
 
-// Show `start.tile` every tile of the logits, of one model or of two. A chunk's tiles of the same rows come one
-// after the other, between `begin` and `end`; before a section's first, `section` tells its number. Each thread has
-// its own copy of `start`.
+// Call initial.tile with every tile of the logits, of one model or (REF) of two. Each thread has its own copy of
+// `initial`. Its `section` is called with the number of each section, before the first tile of that section. Within a
+// chunk, the tiles of the same rows follow each other, with a call of `begin` before the first and of `end` after the
+// last.
 template <bool REF, class Work>
-static void over_tiles(const Side* sides, const Chunks& chunks, int threads, const Work& start) {
+static void over_tiles(const Side* sides, const Chunks& chunks, int threads, const Work& initial) {
     const int64_t N = sides[0].hidden.rows, V = sides[0].weight.rows, D = sides[0].words();
     const int64_t RD = REF ? sides[1].words() : 0;
 #pragma omp parallel num_threads(threads)
     {
-        Work work = start;
+        Work work = initial;
         const Buffer part = buffer(chunks.size * D), ref_part = buffer(chunks.size * RD);
         const auto over_rows = [&](int64_t first, int64_t last) {
             const float* weight = sides[0].columns(first, last, part.get());

@@ -1,6 +1,6 @@
-// Log-probs, entropy, exact KL, and their gradients in the logits. See ../reference.py for what each means,
-// ../cpu/head.py for who calls it. Each of the LANES vector lanes keeps an online softmax of its own (Milakov &
-// Gimelshein, 1805.02867); lanes, chunks and sections are merged in order.
+// Log-probs, entropy, exact KL, and their gradients in the logits. ../reference.py says what each of them means, and
+// ../cpu/head.py calls them. Each of the LANES lanes of a vector keeps an online softmax of its own (Milakov &
+// Gimelshein, 1805.02867). Lanes, chunks and sections are merged in a fixed order.
 
 #include <vector>
 
@@ -8,11 +8,11 @@
 
 // --- the online softmax -----------------------------------------------------------------------------
 
-// The maximum m, s = sum e^(z - m), b = sum e^(z - m) (z - m).
+// The sums over the columns so far, for the policy's logits z and the reference's logits r.
 template <class X>
 struct State {
-    X m, s, b;    // the policy's
-    X rm, rs, d;  // the reference's; d = sum e^(z - m) ((z - m) - (r - rm))
+    X m, s, b;    // the maximum of z, s = sum e^(z - m), b = sum e^(z - m) (z - m)
+    X rm, rs, d;  // the maximum of r, rs = sum e^(r - rm), d = sum e^(z - m) ((z - m) - (r - rm))
 };
 
 template <class X>
@@ -20,7 +20,7 @@ static inline State<X> nothing(X zero) {
     return {zero + NEVER, zero, zero, zero + NEVER, zero, zero};
 }
 
-// Move the maxima up to m and rm.
+// Raise the maxima to m and rm, and rescale the sums.
 template <bool REF, class X>
 static inline void raise(State<X>& a, X m, X rm) {
     const X up = m - a.m, scale = exp_(-up);
@@ -48,7 +48,8 @@ static inline void merge(State<X>& a, State<X> b) {
     }
 }
 
-// One more logit a lane. e^-|z - m| serves as the new term or as the old sum's scale, whichever is not 1.
+// Add one more logit to each lane. Either the new term or the scale of the old sum is 1, and the other is e^-|z - m|,
+// so one exponential is enough.
 template <bool REF>
 static inline __attribute__((always_inline)) void add(State<Vec>& a, Vec z, Vec r) {
     const Vec gap = z - a.m;
@@ -83,18 +84,19 @@ static State<float> over_lanes(const State<Vec>& v) {
 template <bool REF>
 struct Softmax {
     const int64_t *targets, N;
-    State<float>* all;           // (sections, N)
-    float *picked, *ref_picked;  // the targets' logits
-    State<float>* mine = all;    // (N,), the section's
+    State<float>* all;               // (sections, N)
+    float *picked, *ref_picked;      // the logits of the targets
+    State<float>* of_section = all;  // (N,): the states of this section
     State<Vec> lanes[ROWS];
 
-    void section(int64_t number) { mine = all + number * N; }
+    void section(int64_t number) { of_section = all + number * N; }
 
     void begin() {
         for (auto& state : lanes) state = nothing(Vec{});
     }
 
-    inline __attribute__((always_inline)) void tile(int64_t row, int count, int64_t column, const Tile& z, const Tile& r) {
+    inline __attribute__((always_inline)) void tile(int64_t row, int count, int64_t column, const Tile& z,
+                                                    const Tile& r) {
         for (int i = 0; i < count; i++) {
             const int64_t at = targets[row + i] - column;
             if (at >= 0 && at < PANEL) {
@@ -108,12 +110,11 @@ struct Softmax {
     }
 
     void end(int64_t row, int count) {
-        for (int i = 0; i < count; i++) merge<REF>(mine[row + i], over_lanes<REF>(lanes[i]));
+        for (int i = 0; i < count; i++) merge<REF>(of_section[row + i], over_lanes<REF>(lanes[i]));
     }
-
 };
 
-// The whole pass: every row's state, and the targets' logits.
+// The state of each row over the whole vocabulary; the logits of the targets go to picked and ref_picked.
 template <bool REF>
 static std::vector<State<float>> softmax(const Side* sides, const Chunks& chunks, int threads, const int64_t* targets,
                                          float* picked, float* ref_picked) {
@@ -123,7 +124,7 @@ static std::vector<State<float>> softmax(const Side* sides, const Chunks& chunks
     for (int64_t section = 1; section < chunks.sections; section++) {
         for (int64_t n = 0; n < N; n++) merge<REF>(all[n], all[section * N + n]);
     }
-    all.resize(N, nothing(0.0f));  // where V = 0 there was no section
+    all.resize(N, nothing(0.0f));  // for V = 0 there is no section
     return all;
 }
 
@@ -134,7 +135,7 @@ extern "C" void token_logprobs(const void* hidden, const void* weight, const int
     const auto rows = softmax<false>(&side, Chunks::of(side, threads), threads, targets, logp, nullptr);
     for (int64_t n = 0; n < N; n++) {
         const float log_s = std::log(rows[n].s);
-        logp[n] = logp[n] - rows[n].m - log_s;  // in this order: m may be large
+        logp[n] = logp[n] - rows[n].m - log_s;  // in this order, since m may be large
         entropy[n] = log_s - rows[n].b / rows[n].s;
         lse[n] = rows[n].m + log_s;
     }
@@ -161,9 +162,10 @@ extern "C" void policy_reference(const void* hidden, const void* weight, const v
 
 // --- gradients ------------------------------------------------------------------------------------------
 
-// What the loss's gradient is in the logits, into out (N, V):
-//   p_v = e^(z_v - lse),  out_v = p_v (of_p[n] + of_log[n] log(p_v / q_v)) / temperature; no second term without a reference.
-// The target's own 1 is added by the caller. With these, log p(t) has of_p = -g; KL of_p = -g KL, of_log = g.
+// The gradient of a loss in hidden weight^T, to out (N, V). With p_v = e^(z_v - lse):
+//   out_v = p_v (of_p[n] + of_log[n] log(p_v / q_v)) / temperature, without the second term if there is no reference.
+// For an incoming gradient g, log p(t) needs of_p = -g, and KL needs of_p = -g KL and of_log = g. The g that log p(t)
+// adds at the target itself is left to the caller.
 template <bool REF>
 struct Gradient {
     const float *lse, *ref_lse, *of_p, *of_log;
@@ -174,7 +176,8 @@ struct Gradient {
     void section(int64_t) {}
     void begin() {}
 
-    inline __attribute__((always_inline)) void tile(int64_t row, int count, int64_t column, const Tile& z, const Tile& r) {
+    inline __attribute__((always_inline)) void tile(int64_t row, int count, int64_t column, const Tile& z,
+                                                    const Tile& r) {
         for (int i = 0; i < count; i++) {
             const int64_t n = row + i;
             for (int half = 0; half < 2; half++) {
@@ -191,10 +194,10 @@ struct Gradient {
     void end(int64_t, int) {}
 };
 
-extern "C" void gradient_in_logits(const void* hidden, const void* weight, const void* ref_hidden, const void* ref_weight,
-                                   int64_t N, int64_t D, int64_t RD, int64_t V, int64_t bf16, float temperature,
-                                   int64_t threads, const float* lse, const float* ref_lse, const float* of_p,
-                                   const float* of_log, float* out) {
+extern "C" void gradient_in_logits(const void* hidden, const void* weight, const void* ref_hidden,
+                                   const void* ref_weight, int64_t N, int64_t D, int64_t RD, int64_t V, int64_t bf16,
+                                   float temperature, int64_t threads, const float* lse, const float* ref_lse,
+                                   const float* of_p, const float* of_log, float* out) {
     const Side sides[2] = {{hidden, weight, N, D, V, bool(bf16), temperature, int(threads)},
                            {ref_hidden, ref_weight, ref_hidden ? N : 0, RD, V, bool(bf16), temperature, int(threads)}};
     const Gradient<false> alone{lse, ref_lse, of_p, of_log, temperature, out, V};

@@ -1,24 +1,25 @@
-// Matrix products, C (M, N) = A (M, K) B (K, N) in fp32 or with operands rounded to bf16: all three of a
-// linear layer's are this one, with other strides. B is packed block by block; A too, unless in fp32 its
-// rows can be read where they lie.
+// Matrix products C (M, N) = A (M, K) B (K, N), in fp32 or with operands rounded to bf16. The three products of a
+// linear layer, forward and backward, are all this one with different strides. B is packed block by block. So is A,
+// unless it is fp32 and its rows can be read where they are.
 
 #include "bf16.h"
 
 namespace {
 
-constexpr int64_t BLOCK_K = 256, BLOCK_N = 768 / PANEL * PANEL;  // in words
+constexpr int64_t BLOCK_K = 256, BLOCK_N = 768 / PANEL * PANEL;  // of B, in 32-bit words
 
-// Rows [m, m + ROWS) of C, one block of columns: A's rows against each packed panel of B.
+// Rows [m, m + ROWS) and one block of columns of C: these rows of A times each packed panel of B.
 void row_of_tiles(const Matrix& A, int64_t m, int64_t k0, int64_t K, bool pairs, const float* packed, int64_t width,
                   float* copied, float* c, int64_t stride) {
     const int64_t count = std::min<int64_t>(ROWS, A.rows - m);
-    const bool in_place = !pairs && count == ROWS && A.column == 1 && A.row % 1024 != 0;  // 1024: the same cache sets
-    const float* there = static_cast<const float*>(A.data) + m * A.row + k0 * A.column;
+    // Rows that are a multiple of 1024 numbers apart fall into the same sets of the cache, so they are copied, too.
+    const bool in_place = !pairs && count == ROWS && A.column == 1 && A.row % 1024 != 0;
+    const float* source = static_cast<const float*>(A.data) + m * A.row + k0 * A.column;
     if (!in_place) pack_any<ROWS>(A, m, k0, K, pairs, copied);
     for (int64_t n = 0; n < width; n += PANEL) {
         const float* b = packed + n * depth(K, pairs);
         Tile t{};
-        if (in_place) add_product<false>(t, there, A.row, b, K);
+        if (in_place) add_product<false>(t, source, A.row, b, K);
         else add_packed(t, copied, b, K, pairs);
         put(t, count, width - n, k0 > 0, c + m * stride + n, stride);
     }
@@ -29,8 +30,10 @@ void row_of_tiles(const Matrix& A, int64_t m, int64_t k0, int64_t K, bool pairs,
 extern "C" void matmul(const float* a, const float* b, float* c, int64_t M, int64_t N, int64_t K, int64_t a_row,
                        int64_t a_column, int64_t b_row, int64_t b_column, int64_t pairs, int64_t threads) {
     if (K == 0) std::fill(c, c + M * N, 0.0f);
-    const Matrix A{a, M, K, a_row, a_column, false}, B{b, N, K, b_column, b_row, false};  // B transposed: its rows are C's columns
-    const int64_t block_n = std::min(BLOCK_N, (N + PANEL - 1) / PANEL * PANEL), block_k = std::min(pairs ? 2 * BLOCK_K : BLOCK_K, K);
+    const Matrix A{a, M, K, a_row, a_column, false};
+    const Matrix B{b, N, K, b_column, b_row, false};  // transposed, so that its rows are the columns of C
+    const int64_t block_n = std::min(BLOCK_N, (N + PANEL - 1) / PANEL * PANEL);
+    const int64_t block_k = std::min(pairs ? 2 * BLOCK_K : BLOCK_K, K);
     const Buffer packed = buffer(block_n * depth(block_k, pairs));
 #pragma omp parallel num_threads(threads)
     {
@@ -52,8 +55,9 @@ extern "C" void matmul(const float* a, const float* b, float* c, int64_t M, int6
     }
 }
 
-// A weight (N, K) that will not change, packed whole: [panel][depth][PANEL].
-extern "C" void pack_weight(const void* weight, int64_t N, int64_t K, int64_t bf16, int64_t pairs, int64_t threads, float* out) {
+// Pack all of a weight (N, K) as [panel][depth][PANEL], for a weight that is used many times before it changes.
+extern "C" void pack_weight(const void* weight, int64_t N, int64_t K, int64_t bf16, int64_t pairs, int64_t threads,
+                            float* out) {
     const Matrix m{weight, N, K, K, 1, bool(bf16)};
 #pragma omp parallel for num_threads(threads)
     for (int64_t n = 0; n < N; n += PANEL) pack_any<PANEL>(m, n, 0, K, pairs, out + n * depth(K, pairs));

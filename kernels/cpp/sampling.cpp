@@ -1,8 +1,8 @@
-// Tokens drawn from the head's distribution. See ../reference.py.
+// Draw tokens from the head's distribution. See `sample_tokens` in ../reference.py.
 
 #include "head.h"
 
-struct Panels {  // of each row and panel: the maximum m and the sum of e^(z - m)
+struct Panels {  // for each row and panel, the maximum m of its logits z, and the sum of e^(z - m)
     int64_t count;
     float *maxima, *sums;
 
@@ -26,7 +26,7 @@ struct Drawn {
     float logp;
 };
 
-// Row n's token, from its panels and one uniform number.
+// The token of row n, from its panels and one uniform number.
 static Drawn draw(const Side& side, int64_t n, const Panels& panels, float uniform) {
     const float *m = panels.maxima + n * panels.count, *s = panels.sums + n * panels.count;
     const float top = *std::max_element(m, m + panels.count);
@@ -45,7 +45,7 @@ static Drawn draw(const Side& side, int64_t n, const Panels& panels, float unifo
     for (int64_t v = first; v < last; v++) {
         const float z = logits[v - first];
         const double e = std::exp(z - top);
-        if (e > 0 || logit == NEVER) {  // never a token that cannot be, should rounding leave us at the end
+        if (e > 0 || logit == NEVER) {  // so that a token of probability 0 is not drawn where rounding misses the goal
             logit = z;
             drawn.token = v;
         }
@@ -56,10 +56,12 @@ static Drawn draw(const Side& side, int64_t n, const Panels& panels, float unifo
     return drawn;
 }
 
-// By inverting the CDF: while the logits pass by, each panel's maximum and sum are noted; uniform then
-// picks a panel, whose few logits are computed once more to pick the token. ready: the weight packed, or null.
-extern "C" void sample_tokens(const void* hidden, const void* weight, const float* ready, const float* uniform, int64_t N, int64_t D,
-                              int64_t V, int64_t bf16, float temperature, int64_t threads, int64_t* tokens, float* logp) {
+// Inverts the cumulative distribution. A first pass over the logits keeps the maximum and the sum of each panel. Then
+// `uniform` picks a panel, and its few logits are computed again to pick the token. `ready` is the weight, packed
+// already, or null.
+extern "C" void sample_tokens(const void* hidden, const void* weight, const float* ready, const float* uniform,
+                              int64_t N, int64_t D, int64_t V, int64_t bf16, float temperature, int64_t threads,
+                              int64_t* tokens, float* logp) {
     const Side side(hidden, weight, N, D, V, bf16, temperature, threads, ready);
     const int64_t count = (V + PANEL - 1) / PANEL;
     const Buffer maxima = buffer(N * count), sums = buffer(N * count);

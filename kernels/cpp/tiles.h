@@ -1,5 +1,5 @@
-// The product that everything rests on: a tile of ROWS x 2 vectors of accumulators (Goto & van de
-// Geijn, 2008), and the packing that puts its operands side by side in memory.
+// The building block of every product: a tile of ROWS x 2 vectors of sums, held in registers (Goto & van de Geijn,
+// 2008), and the packing of its operands, which puts the numbers that are used together side by side in memory.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@
 using Buffer = std::unique_ptr<float[]>;
 static inline Buffer buffer(int64_t size) { return Buffer(new float[std::max<int64_t>(size, 1)]); }
 
-struct Matrix {  // fp32 or bf16, of any strides (in numbers)
+struct Matrix {  // fp32 or bf16; `row` and `column` are its strides, counted in numbers
     const void* data;
     int64_t rows, width, row, column;
     bool bf16;
@@ -25,12 +25,12 @@ struct Matrix {  // fp32 or bf16, of any strides (in numbers)
     }
 };
 
-// Rows [first, first + W) of m, columns [k0, k0 + K), as [K][W]; rows past the end are 0.
+// Pack rows [first, first + W) and columns [k0, k0 + K) of m, as [K][W]. Past the last row the numbers are 0.
 template <int W, bool BF16>
 static void pack_as(const Matrix& m, int64_t first, int64_t k0, int64_t K, float* out) {
     const Matrix x{m.data, m.rows, m.width, m.row, m.column, BF16};
-    const int64_t there = std::min<int64_t>(W, m.rows - first);
-    if (!BF16 && m.row == 1 && there == W) {  // they lie together already
+    const int64_t rows = std::min<int64_t>(W, m.rows - first);
+    if (!BF16 && m.row == 1 && rows == W) {  // rows are adjacent in memory already
         const float* from = static_cast<const float*>(m.data) + first + k0 * m.column;
         for (int64_t k = 0; k < K; k++) std::memcpy(out + k * W, from + k * m.column, W * sizeof(float));
         return;
@@ -38,10 +38,10 @@ static void pack_as(const Matrix& m, int64_t first, int64_t k0, int64_t K, float
     constexpr int64_t BLOCK = 16;  // columns at a time: a cache line of each row
     for (int64_t k = 0; k < K; k += BLOCK) {
         const int64_t end = std::min(k + BLOCK, K);
-        for (int64_t i = 0; i < there; i++) {
+        for (int64_t i = 0; i < rows; i++) {
             for (int64_t j = k; j < end; j++) out[j * W + i] = x.at(first + i, k0 + j);
         }
-        for (int64_t i = there; i < W; i++) {
+        for (int64_t i = rows; i < W; i++) {
             for (int64_t j = k; j < end; j++) out[j * W + i] = 0.0f;
         }
     }
@@ -56,7 +56,7 @@ struct Tile {
     Vec at[ROWS][2];
 };
 
-// The first `count` rows and `width` columns of a tile to memory, or added to what is there.
+// Write the first `count` rows and `width` columns of a tile to memory, or add them to what is there.
 static inline __attribute__((always_inline)) void put(const Tile& t, int64_t count, int64_t width, bool add, float* out,
                                                       int64_t stride) {
     if (width >= PANEL) {
@@ -77,8 +77,8 @@ static inline __attribute__((always_inline)) void put(const Tile& t, int64_t cou
     }
 }
 
-// t += a b, a ROWS x K and b K x PANEL. a(i, k) is at a[k * stride + i] where the ROWS of a column lie
-// TOGETHER, else at a[i * stride + k]; b at b[k * PANEL + j].
+// t += a b, where a is ROWS x K and b is K x PANEL. b(k, j) is at b[k * PANEL + j]. If the rows of a column of a are
+// TOGETHER in memory, a(i, k) is at a[k * stride + i], otherwise at a[i * stride + k].
 template <bool TOGETHER>
 static inline __attribute__((always_inline)) void add_product(Tile& t, const float* a, int64_t stride, const float* b,
                                                               int64_t K) {

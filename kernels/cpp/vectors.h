@@ -1,4 +1,5 @@
-// Vectors of the processor's width, by the compiler's vector extensions: no intrinsics, any processor.
+// Vectors as wide as the processor's, by means of the compiler's vector extensions. So there are no intrinsics here,
+// and the code compiles for any processor.
 #pragma once
 
 #include <cmath>
@@ -6,13 +7,13 @@
 #include <cstring>
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ROWS = 12;  // 24 of 32 registers accumulate a tile
+constexpr int LANES = 16, ROWS = 12;  // a tile takes 24 of 32 registers
 #elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 6;  // 12 of 16
+constexpr int LANES = 8, ROWS = 6;  // 12 of 16 registers
 #else
-constexpr int LANES = 4, ROWS = 8;  // 16 of 32 (NEON)
+constexpr int LANES = 4, ROWS = 8;  // 16 of 32 registers (NEON)
 #endif
-constexpr int PANEL = 2 * LANES;  // columns of a tile
+constexpr int PANEL = 2 * LANES;  // the columns of a tile
 
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t Int __attribute__((vector_size(LANES * 4)));
@@ -27,11 +28,12 @@ static inline Vec load(const float* from) {
 
 static inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
-// e^x for x <= 0, 0 below -87: Cephes' polynomial after x = n ln 2 + r. NaN stays NaN.
+// e^x for x <= 0, and 0 for x < -87. With x = n ln 2 + r, it is 2^n times the polynomial of the Cephes library for e^r.
+// NaN stays NaN.
 static inline Vec exp_(Vec x) {
     const Int small = x < splat(-87.0f);
     const Vec bounded = small ? splat(-87.0f) : x;
-    const Vec shifted = bounded * 1.44269504f + 12582912.0f;  // + 1.5 * 2^23 rounds to an integer
+    const Vec shifted = bounded * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
     const Vec n = shifted - 12582912.0f;
     const Vec r = bounded - n * 0.693359375f - n * -2.12194440e-4f;
     Vec p = splat(1.9875691500e-4f);
@@ -41,7 +43,7 @@ static inline Vec exp_(Vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    const Int power = ((Int)shifted << 23) + (127 << 23);  // 2^n, bit by bit
+    const Int power = ((Int)shifted << 23) + (127 << 23);  // the bits of 2^n
     return small ? Vec{} : p * (Vec)power;
 }
 
@@ -72,7 +74,7 @@ static inline float dot(const float* a, const float* b, int64_t n) {
 }
 
 static inline float most(Vec v) {
-    float found = v[0];
-    for (int lane = 1; lane < LANES; lane++) found = max_(found, v[lane]);
-    return found;
+    float largest = v[0];
+    for (int lane = 1; lane < LANES; lane++) largest = max_(largest, v[lane]);
+    return largest;
 }

@@ -1,4 +1,4 @@
-"""Compiled kernels for CPUs: the C++ of ../cpp, called through ctypes, with gradients from ../autograd.py."""
+"""Kernels for CPUs: the C++ in ../cpp, called through ctypes, with gradients from ../autograd.py."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .generation import Decoder as decoder
 from .generation import KVCache as KVCache
 from .head import sample_tokens as sample_tokens
 
-FEW = 64  # rows; a product of fewer is not worth packing the weight for
+FEW = 64  # rows; for products of fewer rows, packing the weight does not pay
 HEAD = ("token_logprobs", "policy_reference", "sample_tokens")
 
 
 def takes(function: str, one: Tensor, other: Tensor) -> bool:
-    """Whether a kernel takes these tensors: on the CPU, of one dtype; fp32, or at the head also bf16."""
+    """True where a kernel takes these tensors: both on the CPU and fp32, or for the head both bf16."""
     if one.device.type != "cpu" or one.dtype != other.dtype:
         return False
     if function == "linear" and one.numel() < FEW * one.shape[-1]:

@@ -1,4 +1,4 @@
-"""Generation: the KV cache (../cpp/cache.h), and one token of each row through all layers (../cpp/decode.cpp)."""
+"""Generation: the KV cache (../cpp/cache.h), and one more token of each text (../cpp/decode.cpp)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..packing import Packing
 from ..reference import LayerWeights
 from .library import call, packed
 
-BLOCK = 16  # the room of a row is a multiple of this, which every processor's vector length divides
+BLOCK = 16  # the cache has room for a multiple of so many tokens a row; the length of a vector must divide it
 
 
 class KVCache:
-    """See reference.py. A row keeps its slot, so that a row that leaves costs no copy."""
+    """See reference.py. Each row has a slot of the cache and keeps it, so that nothing is copied when a row leaves."""
 
     def __init__(
         self, layers: int, rows: int, length: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device
@@ -23,7 +23,7 @@ class KVCache:
         self.heads, self.dim, self.length = heads, dim, -(-length // BLOCK) * BLOCK
         self.keys, self.values = torch.zeros(2, layers, rows, heads, self.length, dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
-        self.slots = torch.arange(rows)  # (B,): where each row lies in keys and values
+        self.slots = torch.arange(rows)  # (B,): the slot of each row in keys and values
         self.filled = 0
 
     def fill(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> None:
@@ -46,7 +46,7 @@ class KVCache:
         assert int(self.lengths.max()) <= self.length
 
     def take(self, rows: Tensor) -> None:
-        """See reference.py. Copies only where a row is taken more than once."""
+        """See reference.py. The cache is copied only where a row occurs more than once."""
         self.slots, self.lengths = self.slots[rows], self.lengths[rows]
         if len(self.slots.unique()) < len(self.slots):
             self.keys, self.values = self.keys[:, self.slots], self.values[:, self.slots]
@@ -54,7 +54,7 @@ class KVCache:
 
 
 class Decoder:
-    """See reference.decoder. The weights are packed once, here."""
+    """See reference.decoder. The weights are packed once, when the object is made."""
 
     def __init__(self, layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: KVCache, bf16: bool):
         self.norm, self.eps, self.cache, self.bf16 = norm.contiguous(), eps, cache, bf16
@@ -63,10 +63,11 @@ class Decoder:
         self.sizes = D, len(layers[0].q) // cache.dim, cache.heads, cache.dim, F
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """(B, D) -> (B, D)"""
+        """Embeddings x (B, D), cos and sin (B, d/2) -> hidden states (B, D)."""
         cache, out = self.cache, torch.empty_like(x)
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
-        layers = zip(self.weights, cache.keys, cache.values, strict=True)  # asked anew: `take` may have moved the cache
+        # The addresses are looked up in each step, since `take` may have moved the cache.
+        layers = zip(self.weights, cache.keys, cache.values, strict=True)
         pointers = torch.tensor([[t.data_ptr() for t in (*weights, keys, values)] for weights, keys, values in layers])
         sizes = len(x), *self.sizes, self.eps, cache.length, int(cache.keys.dtype == torch.bfloat16), int(self.bf16)
         state = cos, sin, cache.slots, cache.lengths

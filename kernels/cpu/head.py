@@ -1,4 +1,4 @@
-"""The head's kernels (../cpp/logprobs.cpp, sampling.cpp); ../autograd.py gives them gradients."""
+"""The kernels of the head (../cpp/logprobs.cpp, sampling.cpp). ../autograd.py makes them differentiable."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _bf16(hidden: Tensor) -> int:
 
 
 def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
-    """Log-prob of each target, entropy, and the log-sum-exp of the logits, (N,) each."""
+    """The log-prob of each target, the entropy, and the log-sum-exp of the logits, (N,) each."""
     (N, D), V = hidden.shape, len(weight)
     results = torch.empty(3, N)
     shape = N, D, V, _bf16(hidden), temperature, torch.get_num_threads()
@@ -26,7 +26,7 @@ def logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
 def comparison(
     hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, ...]:
-    """logp, ref_logp, KL, entropy, and both log-sum-exps, (N,) each."""
+    """logp, ref_logp, KL, entropy, and the log-sum-exps of both models' logits, (N,) each."""
     (N, D), V = hidden.shape, len(weight)
     results = torch.empty(6, N)
     shape = N, D, ref_hidden.shape[1], V, _bf16(hidden), temperature, torch.get_num_threads()
@@ -42,7 +42,13 @@ def gradient_in_logits(
     temperature: float,
     *statistics: Tensor | None,
 ) -> Tensor:
-    """(N, V): p_v (of_p + of_log log(p_v / q_v)) / temperature, by statistics lse, ref_lse, of_p, of_log, (N,) each."""
+    """The gradient of a loss in hidden weight^T, (N, V): p_v (of_p + of_log log(p_v / q_v)) / temperature.
+
+    Without a reference, q and `of_log` are left out.
+
+    Args:
+        statistics: lse and ref_lse, the log-sum-exps from the forward pass, then of_p and of_log; (N,) each.
+    """
     (N, D), V = hidden.shape, len(weight)
     out = torch.empty(N, V)
     shape = N, D, 0 if ref_hidden is None else ref_hidden.shape[1], V, _bf16(hidden), temperature

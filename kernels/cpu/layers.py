@@ -1,4 +1,4 @@
-"""The layers' kernels (../cpp/elementwise.cpp, attention.cpp), forward and backward; ../autograd.py joins them."""
+"""The kernels of the layers (../cpp/elementwise.cpp, attention.cpp), forward and backward; see ../autograd.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .library import call
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x (N, D) normed, and the inverse of its root mean square (N,)."""
+    """x (N, D) divided by its root mean square and multiplied by the weight, and the inverse of that mean (N,)."""
     (N, D), out, inverse = x.shape, torch.empty_like(x), torch.empty(len(x))
     call("rms_norm", x, weight, N, D, eps, torch.get_num_threads(), out, inverse)
     return out, inverse
@@ -24,7 +24,7 @@ def rms_norm_backward(x: Tensor, weight: Tensor, inverse: Tensor, dy: Tensor) ->
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, (N, F)."""
+    """silu(gate) * up: (N, F) each -> (N, F)."""
     out = torch.empty_like(gate)
     call("swiglu", gate, up, gate.numel(), torch.get_num_threads(), out)
     return out
@@ -38,14 +38,14 @@ def swiglu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tenso
 
 
 def rotation(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    """x (N, H, d) turned by angles of cos and sin (N, d/2), or with sign -1 turned back."""
+    """x (N, H, d) rotated by the angles whose cos and sin are (N, d/2); with sign -1, by minus these angles."""
     out = torch.empty_like(x)
     call("rotate", x, cos, sin, *x.shape, torch.get_num_threads(), sign, out)
     return out
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bf16: bool) -> tuple[Tensor, Tensor]:
-    """The output (N, H, d), and each query's log-sum-exp of scores (N, H)."""
+    """The output (N, H, d), and the log-sum-exp of each query's scores (N, H)."""
     N, H, _ = q.shape
     out, lse = torch.empty_like(q), torch.empty(N, H)
     call("attention", q, k, v, *_sizes(q, k, packing, bf16), out, lse)
@@ -55,13 +55,14 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bf16: b
 def attention_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dy: Tensor, packing: Packing, bf16: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in q, k and v."""
+    """Gradients in q (N, H, d), k and v (N, H_kv, d)."""
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     call("attention_backward", q, k, v, out, lse, dy, *_sizes(q, k, packing, bf16), dq, dk, dv)
     return dq, dk, dv
 
 
 def _sizes(q: Tensor, k: Tensor, packing: Packing, bf16: bool) -> tuple[Tensor | int, ...]:
+    """How the kernels are told of the shapes. Raises ValueError where the packing has another number of tokens."""
     (N, H, d), S = q.shape, len(packing.lengths)
     if int(packing.lengths.sum()) != N:
         raise ValueError(f"a packing of {int(packing.lengths.sum())} tokens, but {N} queries")

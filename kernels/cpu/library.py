@@ -1,4 +1,4 @@
-"""The compiled library, and how tensors are passed to it."""
+"""The compiled library, and how tensors are passed to its functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..build import library
 from ..weight_cache import derived
 
-PANEL = 32  # the columns of a tile are a part of this (cpp/vectors.h)
+PANEL = 32  # a multiple of the columns of a tile, whatever the processor (PANEL in cpp/vectors.h)
 _library = ctypes.CDLL(str(library()))  # OSError where it has not been built
 
 
@@ -20,16 +20,22 @@ _types: dict[str, list[Any]] = {}
 
 
 def call(function: str, *arguments: Argument) -> None:
-    """Pass tensors as pointers; the caller keeps them alive, contiguous and of the right dtype."""
+    """Call a compiled function, with tensors passed as pointers.
+
+    Nothing is checked: the caller must see to it that tensors are alive, contiguous and of the right dtype.
+    """
     compiled = getattr(_library, function)
-    if function not in _types:  # declared once: generation makes thousands of calls a second
+    if function not in _types:  # types are declared once, since generation makes thousands of calls a second
         kinds = {int: ctypes.c_int64, float: ctypes.c_float}
         _types[function] = compiled.argtypes = [kinds.get(type(x), ctypes.c_void_p) for x in arguments]
     compiled(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 
 def matmul(a: Tensor, b: Tensor, bf16: bool = False) -> Tensor:
-    """(M, K) times (K, N), fp32 of any strides; with bf16 rounded to it, and summed in fp32."""
+    """a (M, K) times b (K, N) -> (M, N). All are fp32; a and b may have any strides.
+
+    With `bf16`, a and b are rounded to bf16 first, and products are still summed in fp32.
+    """
     (M, K), N = a.shape, b.shape[1]
     c = torch.empty(M, N)
     call("matmul", a, b, c, M, N, K, *a.stride(), *b.stride(), int(bf16), torch.get_num_threads())
@@ -37,7 +43,7 @@ def matmul(a: Tensor, b: Tensor, bf16: bool = False) -> Tensor:
 
 
 def packed(weight: Tensor, bf16: bool) -> Tensor:
-    """A weight (N, K) as products read it; cached within `constant_weights`."""
+    """A weight (N, K) in the order in which products read it; cached within `constant_weights`."""
 
     def pack(w: Tensor) -> Tensor:
         (N, K), words = w.shape, (w.shape[1] + 1) // 2 if bf16 else w.shape[1]

@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs: the head in Triton (programs.py), products in bf16. For the rest torch's own are used."""
+"""Kernels for NVIDIA GPUs: the head in Triton (programs.py), and products in bf16. The rest is torch's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .head import sample_tokens as sample_tokens
 
 
 def takes(function: str, one: Tensor, other: Tensor) -> bool:
-    """Whether a kernel takes these tensors: on a GPU, of one dtype."""
+    """True where a kernel takes these tensors: both on a GPU and of one dtype."""
     if function == "linear" and one.dtype != torch.float32:
         return False  # torch's own product serves every other dtype
     return one.is_cuda and other.is_cuda and one.dtype == other.dtype

@@ -1,4 +1,4 @@
-"""The head's kernels on GPUs (programs.py); ../autograd.py gives them gradients."""
+"""The kernels of the head on GPUs (programs.py). ../autograd.py makes them differentiable."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from torch import Tensor
 
 from . import programs
 
-BM, BV, BK = 16, 64, 32  # a tile of logits, and how much of D at a time
-PROGRAMS = 512  # that keep a large GPU busy
+BM, BV, BK = 16, 64, 32  # rows and columns of a tile of logits, and how much of D is multiplied at a time
+PROGRAMS = 512  # enough to keep a large GPU busy
 
 
 def _blocks(count: int, size: int) -> int:
+    """How many blocks of this size hold `count` things."""
     return -(-count // size)
 
 
 def _sweep(sides: tuple[Tensor, ...], targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Sums of the online softmax (6, N) over the whole vocabulary, and the targets' logits (2, N)."""
+    """The sums of the online softmax over the whole vocabulary (6, N), and the logits of the targets (2, N).
+
+    `sides` is hidden, weight and, for a comparison, ref_hidden, ref_weight. What the sums are is said in
+    programs.sweep, which computes them for parts of the vocabulary; here the parts are merged.
+    """
     hidden, weight, *reference = sides
     (N, D), V, ref = hidden.shape, len(weight), bool(reference)
     ref_hidden, ref_weight = reference or (hidden, weight)
@@ -73,16 +78,19 @@ def gradient_in_logits(
 
 
 def matmul(a: Tensor, b: Tensor, bf16: bool) -> Tensor:
-    """torch's own product, which is at the limit on GPUs; with bf16, of operands rounded to it, and summed in fp32."""
+    """a (M, K) times b (K, N) -> (M, N), by torch's own product, which is at the limit of what a GPU can do.
+
+    With `bf16`, a and b are rounded to bf16 first, and products are still summed in fp32.
+    """
     if not bf16:
         return a @ b
     if a.is_cuda:
         return torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
-    return a.bfloat16().float() @ b.bfloat16().float()  # the interpreter's tests
+    return a.bfloat16().float() @ b.bfloat16().float()  # in the tests, which run in Triton's interpreter
 
 
 def sample_tokens(hidden: Tensor, weight: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """See reference.py; by panels of the vocabulary, as cpp/sampling.cpp does."""
+    """See reference.py. First a panel of the vocabulary is drawn, then a token of it, as in cpp/sampling.cpp."""
     hidden, weight = hidden.contiguous(), weight.contiguous()
     (N, D), V = hidden.shape, len(weight)
     maxima, totals = torch.empty(2, N, _blocks(V, BV), device=hidden.device)

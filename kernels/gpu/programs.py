@@ -1,8 +1,10 @@
-"""The Triton programs for NVIDIA GPUs, which also run in Triton's interpreter on any processor.
+"""The Triton programs for NVIDIA GPUs. They also run in Triton's interpreter, on any processor.
 
-As in cpp/head.h: logits are computed tile by tile and used up where they appear. One program has
-BM rows and every SPLITth part of the vocabulary, with an online softmax of its own; the parts are
-merged by torch (gpu/head.py).
+As in cpp/head.h, logits are computed tile by tile, and each tile is used up where it appears. In `sweep`, one program
+takes BM rows and one part of the vocabulary, with an online softmax of its own; head.py merges the parts.
+
+Arguments that all programs share: h (N, D) hidden states, w (V, D) the head, rh (N, RD) and rw (V, RD) those of the
+reference, `inverse` 1 / temperature. A tile has BM rows and BV columns; BK of D are multiplied at a time.
 """
 
 from __future__ import annotations
@@ -12,13 +14,13 @@ import os
 import triton
 import triton.language as tl
 
-NEVER = tl.constexpr(-1e30)  # the logit of a column that does not exist
+NEVER = tl.constexpr(-1e30)  # the logit of a column beyond the vocabulary
 WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")  # the interpreter cannot multiply bf16
 
 
 @triton.jit
 def logits(h, w, rows, columns, N, V, D, inverse, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """(BM, BV): rows of h (N, D) against rows of w (V, D), times the inverse temperature."""
+    """A tile of logits (BM, BV): these rows of h times these rows of w, transposed, over the temperature."""
     total = tl.zeros((BM, BV), tl.float32)
     for first in range(0, D, BK):
         k = first + tl.arange(0, BK)
@@ -35,9 +37,13 @@ def sweep(
     h, w, rh, rw, targets, sums, picked, N, V, D, RD, inverse, part,
     REF: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of one part of the vocabulary: m, s, b and of the reference rm, rs, d, to sums (6, parts, N).
+    """Online softmax over one part of the vocabulary.
 
-    s = sum e^(z - m), b = sum e^(z - m) (z - m), d = sum e^(z - m) ((z - m) - (r - rm)); picked (2, N): the targets'.
+    Writes to sums (6, parts, N), for the policy's logits z the maximum m and
+        s = sum e^(z - m), b = sum e^(z - m) (z - m),
+    and for the reference's logits r the maximum rm and
+        rs = sum e^(r - rm), d = sum e^(z - m) ((z - m) - (r - rm));
+    to picked (2, N), the logits of the targets under both.
     """
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     real = rows < N
@@ -81,7 +87,7 @@ def gradient(
     h, w, rh, rw, lse, ref_lse, of_p, of_log, out, N, V, D, RD, inverse,
     REF: tl.constexpr, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of out (N, V): p_v (of_p + of_log log(p_v / q_v)) / temperature."""
+    """A tile of out (N, V), the gradient in h w^T: p_v (of_p + of_log log(p_v / q_v)) / temperature."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BV + tl.arange(0, BV)
     real = rows < N
@@ -98,7 +104,7 @@ def gradient(
 
 @triton.jit
 def panels(h, w, maxima, totals, N, V, D, inverse, BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr):
-    """Maximum and sum of e^(z - maximum) of each panel of BV columns, (N, panels)."""
+    """The maximum of the logits z in each panel of BV columns, and the sum of e^(z - maximum); (N, panels) each."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     columns = tl.program_id(1) * BV + tl.arange(0, BV)
     z = logits(h, w, rows, columns, N, V, D, inverse, BM, BV, BK)
@@ -113,15 +119,18 @@ def pick(
     h, w, chosen, top, goal, tokens, picked, N, V, D, inverse,
     BM: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """In row n's chosen panel: the first token at which the sum of e^(z - top) exceeds what is left of the goal."""
+    """Pick a token from row n's chosen panel: the first at which the sum of e^(z - top) exceeds `goal`.
+
+    `top` is the maximum of the row's logits z; `goal` is what the panels before this one have left of it.
+    """
     row = tl.program_id(0)
     columns = tl.load(chosen + row) * BV + tl.arange(0, BV)
-    rows = row + tl.zeros((BM,), tl.int32)  # a product needs BM rows: all are this one
+    rows = row + tl.zeros((BM,), tl.int32)  # a product needs BM rows, so this row is repeated
     z = tl.max(logits(h, w, rows, columns, N, V, D, inverse, BM, BV, BK), 0)
     e = tl.exp(z - tl.load(top + row))
     above = (tl.cumsum(e, 0) > tl.load(goal + row)) & (e > 0)
     first = tl.min(tl.where(above, columns, V), 0)
-    last = tl.max(tl.where(e > 0, columns, 0), 0)  # should rounding leave us at the end
+    last = tl.max(tl.where(e > 0, columns, 0), 0)  # taken where rounding keeps the sum below the goal
     token = tl.where(first < V, first, last)
     tl.store(tokens + row, token.to(tl.int64))
     tl.store(picked + row, tl.sum(tl.where(columns == token, z, 0.0), 0))
