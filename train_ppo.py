@@ -20,11 +20,11 @@ from mpo.ppo.learner import load_learner
 from mpo.ppo.monitor import collapses, rollout_metrics
 from mpo.ppo.rewards import assign_credit
 from mpo.ppo.rollout import prompt_batches, roll_out
-from mpo.ppo.update import Lesson, update
+from mpo.ppo.update import Experience, update
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.flags import exact_div
-from mpo.runtime.progress import note, progress
+from mpo.runtime.output import note, progress
 from mpo.runtime.saves import Saves
 from mpo.runtime.seeding import generator
 from mpo.runtime.setup import setup_torch
@@ -91,7 +91,7 @@ def main(config: PPOConfig) -> None:
             metrics = rollout_metrics(rollout, credit) | {"kl_coef": kl_coef}
             # 3. Update policy and critic in minibatches.
             untouched = False
-            metrics |= update(learner, Lesson(rollout, credit, kl_coef), iteration, config)
+            metrics |= update(learner, Experience(rollout, credit, kl_coef), iteration, config)
         except NotFinite as e:
             ids = [{"id": p.row.id, "prompt": p.prompt} for p in batch]
             raise failure(stage, iteration, e, ids, saves.before(iteration, state) if untouched else None) from None

@@ -24,7 +24,7 @@ from mpo.training.optimisers import learning_rate, optimiser_step
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Experience:
     """What an update learns from."""
 
     rollout: Rollout
@@ -33,14 +33,20 @@ class Lesson:
 
 
 def policy_terms(
-    learner: Learner, lesson: Lesson, index: Tensor, batch: Batch, hidden: Tensor, first: bool, config: PPOConfig
+    learner: Learner,
+    experience: Experience,
+    index: Tensor,
+    batch: Batch,
+    hidden: Tensor,
+    first: bool,
+    config: PPOConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The policy's loss of each token (b, R) in some rows of the rollout, with metrics.
 
     With `first`, no weight has changed since the rollout: its log-probs must come out again, and every ratio be 1.
     """
     R = batch.response_mask.shape[1]
-    rollout = lesson.rollout
+    rollout = experience.rollout
     mask, old_logp, ref_logp = rollout.mask[index, :R], rollout.logp[index, :R], rollout.ref_logp[index, :R]
     in_loss = config.kl_in == "loss"
     if in_loss and config.kl_estimator == "exact":
@@ -51,17 +57,17 @@ def policy_terms(
         kl = kl_estimate(logp, ref_logp, config.kl_estimator) if in_loss else torch.zeros_like(logp)
     if first:
         check_agreement(logp.detach()[mask], old_logp[mask], "the rollout and its first update")
-    losses, metrics = policy_losses(logp, old_logp, lesson.credit.loss_advantages[index, :R], config.clip)
+    losses, metrics = policy_losses(logp, old_logp, experience.credit.loss_advantages[index, :R], config.clip)
     metrics["policy_loss"] = losses.detach()
-    return losses + lesson.kl_coef * kl, metrics
+    return losses + experience.kl_coef * kl, metrics
 
 
 def value_terms(
-    critic: Critic, lesson: Lesson, index: Tensor, batch: Batch, hidden: Tensor, config: PPOConfig
+    critic: Critic, experience: Experience, index: Tensor, batch: Batch, hidden: Tensor, config: PPOConfig
 ) -> Tensor:
     """The critic's loss of each token (b, R) in some rows of the rollout."""
     R = batch.response_mask.shape[1]
-    old_values, returns = lesson.rollout.values, lesson.credit.returns
+    old_values, returns = experience.rollout.values, experience.credit.returns
     assert old_values is not None
     assert returns is not None
     values = state_values(critic.model, batch, hidden)
@@ -69,17 +75,17 @@ def value_terms(
 
 
 def accumulate(
-    learner: Learner, lesson: Lesson, index: Tensor, weights: Tensor, first: bool, config: PPOConfig
+    learner: Learner, experience: Experience, index: Tensor, weights: Tensor, first: bool, config: PPOConfig
 ) -> tuple[dict[str, float], list[int]]:
     """Add the gradient of one microbatch; `weights` (b, R) are its tokens' weights in the minibatch's mean.
 
     Returns metrics summed with the same weights, and the rows whose loss is not finite.
     """
-    batch = lesson.rollout.batch.rows(index.tolist())
+    batch = experience.rollout.batch.rows(index.tolist())
     hidden = response_hidden(learner.policy, batch)  # (M, D)
-    total, metrics = policy_terms(learner, lesson, index, batch, hidden, first, config)
+    total, metrics = policy_terms(learner, experience, index, batch, hidden, first, config)
     if critic := learner.critic:  # a single backward pass serves both
-        of_values = value_terms(critic, lesson, index, batch, hidden, config)
+        of_values = value_terms(critic, experience, index, batch, hidden, config)
         metrics["value_loss"] = of_values.detach()
         total = total + critic.weight * of_values
     weights = weights[:, : total.shape[1]]
@@ -89,18 +95,18 @@ def accumulate(
 
 
 def step(
-    learner: Learner, lesson: Lesson, chosen: Tensor, lrs: tuple[float, float], first: bool, config: PPOConfig
+    learner: Learner, experience: Experience, chosen: Tensor, lrs: tuple[float, float], first: bool, config: PPOConfig
 ) -> dict[str, float]:
     """One optimiser step of policy and critic on some rows of the rollout; returns its metrics.
 
     Raises NotFinite before any weight is changed.
     """
-    weights = token_weights(lesson.rollout.mask[chosen], config.advantage, config.max_new)
+    weights = token_weights(experience.rollout.mask[chosen], config.advantage, config.max_new)
     sums: Counter[str] = Counter()  # of floats
     bad = list[int]()
     for index in microbatches(len(chosen), config.microbatch, learner.models):
         at = torch.tensor(index).to(chosen.device)
-        metrics, worse = accumulate(learner, lesson, chosen[at], weights[at], first, config)
+        metrics, worse = accumulate(learner, experience, chosen[at], weights[at], first, config)
         sums.update(metrics)
         bad += worse
     agree_finite("the loss", bad)
@@ -111,7 +117,7 @@ def step(
     return means
 
 
-def update(learner: Learner, lesson: Lesson, iteration: int, config: PPOConfig) -> dict[str, float]:
+def update(learner: Learner, experience: Experience, iteration: int, config: PPOConfig) -> dict[str, float]:
     """`epochs` passes over a rollout in minibatches; returns metrics averaged over the steps."""
     for model in learner.models:
         model.train()
@@ -122,6 +128,6 @@ def update(learner: Learner, lesson: Lesson, iteration: int, config: PPOConfig) 
     for epoch in range(config.epochs):
         order = torch.randperm(config.batch, generator=generator(config.seed, f"minibatches/{iteration}", epoch))
         for chosen in order.to(device.current()).split(config.minibatch):
-            sums.update(step(learner, lesson, chosen, (policy_lr, share * config.critic_lr), steps == 0, config))
+            sums.update(step(learner, experience, chosen, (policy_lr, share * config.critic_lr), steps == 0, config))
             steps += 1
     return {name: value / steps for name, value in sums.items()}

@@ -71,12 +71,13 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(config_class: type, known: dict[str, Field[Any]]) -> argparse.ArgumentParser:
     program, types = Path(sys.argv[0]).name, typing.get_type_hints(config_class)
-    needed = " ".join(f"--{name} {name.upper()}" for name, field in known.items() if field.default is MISSING)
+    groups = headings(config_class)
+    needed = [name for comments in groups.values() for name in comments if known[name].default is MISSING]
     description = inspect.cleandoc(config_class.__doc__ or "")
     shape = argparse.RawDescriptionHelpFormatter
-    usage = f"{program} {needed} [--FLAG VALUE ...]"
+    usage = " ".join([program, *(f"--{name} {name.upper()}" for name in needed), "[--FLAG VALUE ...]"])
     parser = _Parser(program, usage, description, allow_abbrev=False, formatter_class=shape)
-    for heading, comments in headings(config_class).items():
+    for heading, comments in groups.items():
         group = parser.add_argument_group(heading)
         for name, comment in comments.items():
             kind, default = types[name], known[name].default

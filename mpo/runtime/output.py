@@ -1,4 +1,4 @@
-"""The progress bar. On a terminal it is redrawn once a second, in a log once in 30 seconds."""
+"""What is printed: progress bars, remarks, tables, and numbers with their intervals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpo.runtime import distributed
 
 
 def progress(items: Sequence[Any], name: str, done: int = 0, leave: bool = True) -> Any:
-    """A tqdm bar over `items`, after `done` earlier ones.
+    """A tqdm bar over `items`, after `done` earlier ones; redrawn every second, or in a log every 30 seconds.
 
     `leave=False` is for side work: the bar disappears at the end, and there is none for fewer than 20 items.
     """
@@ -26,3 +26,25 @@ def note(line: str) -> None:
     """Print a warning or remark to stderr, from the main process only."""
     if distributed.is_main():
         print(line, file=sys.stderr)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well as plain text and is valid Markdown."""
+    grid = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in grid) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, grid[1:])])
+
+
+def interval(value: Sequence[float], digits: int = 2, scale: float = 1.0) -> str:
+    """(value, low, high) as text: "0.61 [0.56, 0.66]"."""
+    mean, low, high = (f"{scale * v:.{digits}f}" for v in value)
+    return f"{mean} [{low}, {high}]"
+
+
+def percent(value: Sequence[float]) -> str:
+    """(value, low, high) in per cent: "61 [56, 66]"."""
+    return interval(value, 0, 100)

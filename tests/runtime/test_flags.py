@@ -54,6 +54,19 @@ def test_every_field_has_a_comment(cls):
     assert cls.__doc__
 
 
+def test_help_is_grouped_and_what_the_stage_itself_declares_comes_first():
+    groups = headings(config.PPOConfig)
+    assert list(groups)[:5] == ["Prompts and models", "Rollout", "Reward and advantage", "Optimisation", "Critic"]
+    assert list(groups)[-1] == "The run"
+    assert "lr" in groups["Optimisation"]  # declared again by PPOConfig, with its own help
+    assert groups["Optimisation"]["lr"] == "peak learning rate of the policy"
+    assert {"warmup", "grad_clip"} <= set(groups["Optimisation"])  # of the base class, under the same heading
+    text = run_script("train_ppo.py", "--help").stdout
+    positions = [text.index(f"\n{heading}:\n") for heading in groups]
+    assert positions == sorted(positions)
+    assert text.startswith("usage: train_ppo.py --prompts PROMPTS --model MODEL --ref REF --rm RM")
+
+
 def test_a_division_that_does_not_come_out():
     assert exact_div(8, 2, "x") == 4
     with pytest.raises(InputError, match="--a and --b: 7 is not a multiple of 2"):
