@@ -1,4 +1,4 @@
-"""Type to any stage's model."""
+"""Talk to the model of any stage."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mpo.runtime.seeding import generator
 
 
 def main(config: ChatConfig) -> None:
-    """Read a line, answer, remember (hh) or start afresh (tldr); an empty line forgets, Ctrl-D ends."""
+    """Answer each line that is typed. With --task hh, the prompt is the dialogue since the last empty line."""
     device.start(config.device)
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
     room = model.config.max_position_embeddings - config.max_new
     print(
-        f"{config.model}: type a {'message' if config.task == 'hh' else 'post'}; empty line: start over, Ctrl-D: leave"
+        f"{config.model}: type a {'message' if config.task == 'hh' else 'post'}; empty line: start over, Ctrl-D: quit"
     )
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
     history, turn = "", 0

@@ -1,4 +1,4 @@
-"""Stage 7: every policy on held-out prompts: rewards, win rates, KL, lengths, samples side by side."""
+"""Stage 7: sample every policy on held-out prompts, and compare rewards, win rates, KL, lengths and samples."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ from mpo.model.scoring import each_batch, score
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json, write_text
-from mpo.runtime.progress import progress
+from mpo.runtime.output import interval, progress
 from mpo.runtime.seeding import generator
 from mpo.runtime.setup import setup_torch
 from mpo.runtime.stage import Stage, read_manifest
-from mpo.runtime.tables import interval
 from mpo.tools import memory
 from mpo.tools.report import make_report, write_responses
 from mpo.world import gold
 
 
 def policies(text: str) -> dict[str, str]:
-    """ "sft=runs/hh/sft,dpo=runs/hh/dpo" -> {"sft": "runs/hh/sft", ...}"""
+    """Read a --policies flag: "sft=runs/hh/sft,dpo=runs/hh/dpo" -> {"sft": "runs/hh/sft", ...}.
+
+    Raises InputError for a text of another form.
+    """
     named = {}
     for item in text.split(","):
-        name, found, folder = item.partition("=")
-        if not found or not name or not folder:
+        name, _, folder = item.partition("=")
+        if not name or not folder:
             raise InputError(f"--policies {text}: expected name=folder,name=folder, the baseline first")
         named[name.strip()] = folder.strip()
     return named
@@ -52,11 +54,15 @@ def sample(
     pairs: Sequence[Pair],
     config: EvalConfig,
 ) -> list[dict[str, Any]]:
-    """One response per prompt with all that is measured on it; the same draws for every policy."""
+    """Sample one response to each prompt and measure it. Every policy gets the same random numbers.
+
+    Returns a dict for each response: its text and token ids, reward, KL to `base` in nats, words, tokens, and whether
+    it ends in EOS.
+    """
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
     rows = []
 
-    def look(sequences: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+    def reward_and_kl(sequences: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         batch = make_batch(sequences)
         kl = compare(policy, base, batch, config.temperature or 1.0).kl.sum(1)
         return torch.stack((score(rm, batch), kl), 1)  # (b, 2)
@@ -67,7 +73,7 @@ def sample(
         draw = generator(config.seed, "eval", start)
         samples = generate(policy, prompts, sampling, draw)
         sequences = list(zip(prompts, samples.responses, strict=True))
-        rewards, kl = each_batch(sequences, config.batch, "measure", look).T
+        rewards, kl = each_batch(sequences, config.batch, "measure", reward_and_kl).T
         for i, pair in enumerate(part):
             text = tokenizer.decode(samples.responses[i])
             rows.append(
@@ -88,7 +94,7 @@ def sample(
 
 
 def dataset_responses(rm: ScalarModel, tokenizer: Tokenizer, pairs: Sequence[Pair], batch: int) -> list[dict[str, Any]]:
-    """The data set's chosen responses, measured like a policy's."""
+    """The chosen responses of the data set, measured like those of a policy, except for KL."""
     rewards = each_batch(
         pairs, batch, "measure", lambda part: score(rm, make_batch([(p.prompt, p.chosen) for p in part]))
     )
@@ -109,7 +115,7 @@ def dataset_responses(rm: ScalarModel, tokenizer: Tokenizer, pairs: Sequence[Pai
 
 
 def add_gold(responses: list[dict[str, Any]]) -> None:
-    """Score responses with the gold reward of the built-in world."""
+    """Add the gold reward of the built-in world to each response, and whether it refuses a benign prompt."""
     for r in responses:
         r["gold"] = gold.gold_reward(r["prompt"], r["response"])
         r["refused_benign"] = gold.is_refusal(r["prompt"], r["response"]) if gold.is_benign(r["prompt"]) else None
@@ -118,7 +124,11 @@ def add_gold(responses: list[dict[str, Any]]) -> None:
 def summary(
     ours: list[dict[str, Any]], baseline: list[dict[str, Any]], chosen: list[dict[str, Any]], seed: int
 ) -> dict[str, Any]:
-    """One row of the result table; (value, low, high) where an interval is known."""
+    """All results of one policy, by name: numbers or, with a 95 % interval, (value, low, high).
+
+    `ours`, `baseline` and `chosen` are the responses of this policy, of the first policy and of the data set, in the
+    same order of prompts.
+    """
 
     def column(name: str, rows: list[dict[str, Any]] = ours) -> list[float]:
         return [row[name] for row in rows if row.get(name) is not None]
@@ -156,7 +166,7 @@ def check(config: EvalConfig) -> None:
 
 
 def main(config: EvalConfig) -> None:
-    """Sample, score, compare, report."""
+    """Load; sample and measure every policy; compare; write the report."""
     setup_torch(config)
     folders = policies(config.policies)
     inputs = {"data": config.data, "rm": config.rm} | ({"split": config.split} if config.split else {})
@@ -164,8 +174,8 @@ def main(config: EvalConfig) -> None:
     first = next(iter(folders.values()))
     tokenizer, rm, base = load_tokenizer(first), load_scalar(config.rm), load_model(first)
     base.eval(), rm.eval()
-    everything = read_rows(Path(config.data) / "test.jsonl")
-    rows = [everything[i] for i in evaluation.stratified([r.domain for r in everything], config.prompts)]
+    held_out = read_rows(Path(config.data) / "test.jsonl")
+    rows = [held_out[i] for i in evaluation.stratified([r.domain for r in held_out], config.prompts)]
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
     print(f"eval: prompts {counts}")
 

@@ -1,4 +1,4 @@
-"""Stage 0: bring preference data into rows, from the built-in world or from official files."""
+"""Stage 0: make or read preference data, and write it as rows: one split for training, one for testing."""
 
 from __future__ import annotations
 
@@ -17,19 +17,23 @@ from mpo.world.build import build, flip_labels, probe_sheet
 
 
 def read(config: DataConfig, dropped: Counter[str]) -> dict[str, list[Row]]:
-    """Train and test rows of a folder in the task's official layout, or of one row file."""
+    """The rows of each split, from a folder in the task's official layout or from a single row file.
+
+    The last rows of a single file, a share of --held_out, become the test split. Raises InputError for a path that
+    cannot be read, or a file with too few rows.
+    """
     path = Path(config.data)
     if path.is_dir():
         reader = hh.read_folder if config.task == "hh" else tldr.read_folder
         return {split: reader(path, split, dropped) for split in ("train", "test")}
     rows = read_rows(path)
     if (tests := round(len(rows) * config.held_out)) < 1:
-        raise InputError(f"{path}: {len(rows)} rows leave none to hold out; raise --held_out")
+        raise InputError(f"{path}: {len(rows)} rows are too few to hold any out; raise --held_out")
     return {"train": rows[:-tests], "test": rows[-tests:]}
 
 
 def without_overlap(splits: dict[str, list[Row]], dropped: Counter[str]) -> dict[str, list[Row]]:
-    """Drop training rows whose prompt is in the test split."""
+    """Drop the training rows whose prompt is in the test split, too."""
     held_out = {row.prompt for row in splits["test"]}
     train = [row for row in splits["train"] if row.prompt not in held_out]
     dropped["prompt is in the test split"] += len(splits["train"]) - len(train)
@@ -39,11 +43,11 @@ def without_overlap(splits: dict[str, list[Row]], dropped: Counter[str]) -> dict
 def check(config: DataConfig) -> None:
     """Refuse flags that contradict each other."""
     if not 0 <= config.noise < 1 or (config.noise and config.data != "builtin"):
-        raise InputError(f"--noise {config.noise}: a share below 1, of the built-in world's labels")
+        raise InputError(f"--noise {config.noise}: must be a share below 1, and needs the built-in world")
 
 
 def main(config: DataConfig) -> None:
-    """Read or build, check that the splits do not overlap, write."""
+    """Make the rows of the built-in world or read those of --data; remove overlap between the splits; write."""
     builtin = config.data == "builtin"
     stage = Stage(config, {} if builtin else {"data": config.data}, config.out, config.overwrite)
     dropped: Counter[str] = Counter()

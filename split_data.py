@@ -1,4 +1,4 @@
-"""Stage 4: score every training pair with the reward model and split by reward gap."""
+"""Stage 4: score every training pair with the reward model, and split the pairs by their reward gap."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from mpo.runtime.setup import setup_torch
 from mpo.runtime.stage import Stage, hash_tree
 from mpo.tools import memory
 
-CONTROLS = ("random", "inverted")  # splits with parts of the same sizes, for comparison
+CONTROLS = ("random", "inverted")  # splits into parts of the same sizes, for comparison (preference/split.py)
 
 
 def score_lines(pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor, split: Split) -> Iterator[str]:
-    """The scores of each pair as one line of JSON; chosen and rejected (K, N), a row for each reward model."""
+    """Yield the scores of each of N pairs as a line of JSON. `chosen`, `rejected`: (K, N), from K reward models."""
     part_of = {i: name for name, index in split.parts.items() for i in index}
     gaps = (chosen - rejected).T.tolist()
     for i, pair in enumerate(pairs):
@@ -45,7 +45,10 @@ def score_lines(pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor, split: 
 
 
 def ensemble(folders: Sequence[str]) -> list[ScalarModel]:
-    """The reward models in these folders. Each scores on its own normalised scale."""
+    """Load the reward models in these folders. Each scores on its own normalised scale.
+
+    Raises InputError for a folder that cannot be read, or for different vocabularies.
+    """
     models = [load_scalar(folder) for folder in folders]
     if any(m.config.vocab_size != models[0].config.vocab_size for m in models):
         raise InputError(f"--rm {','.join(folders)}: the models have different vocabularies")

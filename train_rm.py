@@ -1,4 +1,4 @@
-"""Stage 3: the reward model: a scalar head on the SFT trunk, trained by Bradley-Terry."""
+"""Stage 3: the reward model, a scalar head on the trunk of the SFT model, trained with the Bradley-Terry loss."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json
 from mpo.runtime.flags import exact_div
+from mpo.runtime.output import interval
 from mpo.runtime.seeding import generator
 from mpo.runtime.setup import setup_torch
 from mpo.runtime.stage import Stage
-from mpo.runtime.tables import interval
 from mpo.tools import memory
 from mpo.training.loop import train
 
-NORMALISE_ON = 1000  # SFT-reference responses whose scores are given mean 0 and std 1
+NORMALISE_ON = 1000  # chosen responses whose scores are brought to mean 0 and standard deviation 1
 
 
 def normalise(rm: ScalarModel, pairs: list[Pair], batch: int) -> tuple[float, float]:
-    """Shift and scale so that SFT-reference (chosen) responses score 0 on average, with std 1.
+    """Shift and scale the scores so that chosen responses have mean 0 and standard deviation 1.
 
-    A gap, and the price of KL in PPO, then mean the same whatever the reward model's own scale (2403.17031 shifts;
-    scaling too is common). A gap times std is the log-odds of the label. Returns mean and std before.
+    After that a gap, and the price of KL in PPO, do not depend on the scale of the raw scores. (2403.17031 shifts the
+    scores; scaling them, too, is common.) A gap times the raw standard deviation is the log-odds of a label.
+
+    Returns the mean and the standard deviation of the raw scores.
     """
     chosen, _ = score_all(rm, pairs[:NORMALISE_ON], batch)
     with torch.no_grad():
@@ -46,7 +48,7 @@ def normalise(rm: ScalarModel, pairs: list[Pair], batch: int) -> tuple[float, fl
 
 
 def held_out(gaps: Tensor, std: float, seed: int) -> dict[str, Any]:
-    """How well the reward model predicts held-out labels; gaps are in units of `std`."""
+    """How well the reward model predicts held-out labels, from its gaps (N,). A gap times `std` is in log-odds."""
     accuracy = evaluation.bootstrap(((gaps > 0).float() + 0.5 * (gaps == 0)).numpy(), seed)
     return {
         "accuracy": accuracy,
@@ -59,16 +61,17 @@ def held_out(gaps: Tensor, std: float, seed: int) -> dict[str, Any]:
 
 
 def probe(rm: ScalarModel, tokenizer: Tokenizer, sheet: Path, config: RMConfig) -> list[dict[str, Any]]:
-    """Score right answers against spoilt ones, for each kind of prompt and mistake, before PPO finds the weak spots.
+    """Score the probe sheet: a right and a wrong answer to each prompt, for each kind of prompt and each mistake.
 
-    `right_above` is the share of prompts on which the right answer scores higher.
+    It shows the weaknesses of the reward model before PPO exploits them. In the result, `right_above` is the share of
+    prompts whose right answer scores higher.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for where, item in read_jsonl(sheet):
-        kind, mistake, prompt, good, spoilt = (
+        kind, mistake, prompt, right_answer, wrong_answer = (
             text_field(where, item, k) for k in ("kind", "mistake", "prompt", "right", "wrong")
         )
-        groups.setdefault((kind, mistake), []).append(Row(where, prompt, chosen=good, rejected=spoilt))
+        groups.setdefault((kind, mistake), []).append(Row(where, prompt, chosen=right_answer, rejected=wrong_answer))
     results = []
     for (kind, mistake), rows in groups.items():
         pairs, counts = encode(rows, tokenizer, config.max_prompt, 2 * config.max_response)
@@ -94,7 +97,7 @@ def check(config: RMConfig) -> None:
 
 
 def main(config: RMConfig) -> None:
-    """Load, train, normalise, measure, probe, save."""
+    """Load; train; normalise the scores; measure on held-out pairs and the probe sheet; save."""
     setup_torch(config)
     stage = Stage(config, {"data": config.data, "model": config.model}, config.out, config.overwrite)
     tokenizer = load_tokenizer(config.model)
@@ -130,8 +133,8 @@ def main(config: RMConfig) -> None:
         write_json(stage.out / "probe.json", probed)
         worst = min(probed, key=lambda p: p["right_above"])
         print(
-            f"rm: probe sheet: weakest at {worst['kind']}/{worst['mistake']}, "
-            f"{100 * worst['right_above']:.0f} % of the right answers above the spoilt ones"
+            f"rm: probe sheet: weakest at {worst['kind']}/{worst['mistake']}, where "
+            f"{100 * worst['right_above']:.0f} % of the right answers score above the wrong ones"
         )
     save_model(stage.out, rm)
     tokenizer.save(stage.out)

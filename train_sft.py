@@ -1,4 +1,4 @@
-"""Stage 2: supervised fine-tuning on the chosen responses, from scratch or from a model."""
+"""Stage 2: supervised fine-tuning on the chosen responses, from scratch or from a trained model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ from mpo.training.loop import train
 
 
 def starting_model(config: SFTConfig, tokenizer: Tokenizer) -> Llama:
-    """A preset with random weights, or the model in a folder."""
+    """The model that --model names: a preset with random weights, or the one in a folder.
+
+    Raises InputError for a folder that cannot be read, or whose model has fewer embeddings than the tokenizer needs.
+    """
     if config.model in PRESETS:
         ids: dict[str, Any] = {
             "bos_token_id": tokenizer.bos,
@@ -45,14 +48,14 @@ def starting_model(config: SFTConfig, tokenizer: Tokenizer) -> Llama:
     model = load_model(config.model, adapters_of(config, config.model))
     if model.config.vocab_size < tokenizer.size:
         raise InputError(
-            f"--tokenizer {config.tokenizer}: has {tokenizer.size} pieces, the model of "
-            f"{config.model} only {model.config.vocab_size}; use the model's own tokenizer"
+            f"--tokenizer {config.tokenizer}: has {tokenizer.size} pieces, but the model in "
+            f"{config.model} has only {model.config.vocab_size}; use the model's own tokenizer"
         )
     return model
 
 
 def held_out_loss(model: Llama, pairs: list[Pair], batch: int) -> float:
-    """Mean negative log-prob of the chosen responses' tokens."""
+    """Mean loss in nats over all tokens of the chosen responses."""
     model.eval()
 
     def logps(part: Sequence[Pair]) -> Tensor:

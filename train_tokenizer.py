@@ -1,4 +1,4 @@
-"""Stage 1: a tokenizer, trained on the training split or taken from a model."""
+"""Stage 1: train a tokenizer on the training split, or copy that of a model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mpo.runtime.stage import Stage
 
 
 def main(config: TokenizerConfig) -> None:
-    """Train or copy, and say how many tokens a row costs."""
-    taken = config.model not in ("", *PRESETS)
-    inputs = {"data": config.data} | ({"model": config.model} if taken else {})
+    """Train or copy; save; print how many tokens prompts and responses have."""
+    copied = config.model not in ("", *PRESETS)
+    inputs = {"data": config.data} | ({"model": config.model} if copied else {})
     stage = Stage(config, inputs, config.out, config.overwrite)
     rows = read_rows(Path(config.data) / "train.jsonl")
-    if taken:
+    if copied:
         tokenizer = load_tokenizer(config.model)
     else:
         texts = (text for row in rows for text in (row.prompt, row.chosen, row.rejected))
@@ -27,8 +27,8 @@ def main(config: TokenizerConfig) -> None:
     sample = rows[:1000]
     prompt = sum(len(tokenizer.prompt_ids(r.prompt)) for r in sample) / len(sample)
     response = sum(len(tokenizer.response_ids(r.chosen)) for r in sample) / len(sample)
-    origin = f"from {config.model}" if taken else "trained"
-    print(f"tokenizer: {tokenizer.size} pieces, {origin}; a prompt is {prompt:.0f} tokens, a response {response:.0f}")
+    origin = f"from {config.model}" if copied else "trained"
+    print(f"tokenizer: {tokenizer.size} pieces, {origin}; mean length: prompts {prompt:.0f}, responses {response:.0f}")
     stage.finish(pieces=tokenizer.size, mean_prompt_tokens=prompt, mean_response_tokens=response)
 
 

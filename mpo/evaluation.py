@@ -1,4 +1,4 @@
-"""What was reached, with its uncertainty: intervals, win rates, calibration, length control."""
+"""Statistics of an evaluation: intervals, win rates, length control, calibration, variety."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Interval = tuple[float, float, float]
 
 
 def bootstrap(values: ArrayLike, seed: int = 0, draws: int = 2000) -> Interval:
-    """Mean and 95 % percentile interval over resampled prompts; needs at least one value."""
+    """Mean of at least one value, with a 95 % interval: percentiles of the means of `draws` resamples."""
     x = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
     means = x[rng.integers(0, len(x), (draws, len(x)))].mean(1)
@@ -21,16 +21,20 @@ def bootstrap(values: ArrayLike, seed: int = 0, draws: int = 2000) -> Interval:
 
 
 def wins(ours: ArrayLike, theirs: ArrayLike) -> NDArray[np.float64]:
-    """1 where ours scores higher, 0 where lower, 1/2 for a tie: its mean is the win rate."""
+    """For each prompt 1 if ours scores higher, 0 if theirs does, 1/2 for a tie. The mean is the win rate."""
     difference = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     return (np.sign(difference) + 1) / 2
 
 
 def length_controlled(won: ArrayLike, ours: ArrayLike, theirs: ArrayLike) -> float:
-    """The win rate that is left at equal length (after 2404.04475).
+    """The win rate at equal length, as in length-controlled AlpacaEval (2404.04475).
 
-    Fits P(win) = sig(a + b x) with x = the difference in length over its standard deviation, by
-    Newton steps with a weak ridge on b, and returns sig(a).
+    Fits P(win) = sig(a + b x), where x is the difference in length divided by its standard deviation, and returns
+    sig(a). The fit takes Newton steps, with a weak ridge penalty on b.
+
+    Args:
+        won: (n,), as from `wins`.
+        ours, theirs: (n,), the lengths of the responses.
     """
     y = np.asarray(won, dtype=np.float64)
     x = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
@@ -50,10 +54,11 @@ def length_controlled(won: ArrayLike, ours: ArrayLike, theirs: ArrayLike) -> flo
 
 
 def calibration_error(gaps: ArrayLike, bins: int = 10) -> float:
-    """Expected calibration error of a reward model on labelled pairs, from gaps r_w - r_l.
+    """Expected calibration error of a reward model on labelled pairs (1706.04599), from gaps r_w - r_l in log-odds.
 
-    The model bets sig(|gap|) on the side it prefers; bets are binned over [0.5, 1], and the
-    distance of mean bet and share right is averaged, weighted by the pairs in each bin.
+    The model bets sig(|gap|) on the response that it prefers. Bets are sorted into bins over [0.5, 1]. The result is
+    the distance between the mean bet and the share of bets that were right, averaged over the bins with the number of
+    pairs in each as its weight.
     """
     g = np.asarray(gaps, dtype=np.float64)
     bet, right = 1 / (1 + np.exp(-np.abs(g))), g > 0
@@ -66,12 +71,12 @@ def calibration_error(gaps: ArrayLike, bins: int = 10) -> float:
 
 
 def log_loss(gaps: ArrayLike) -> float:
-    """Mean of -log sig(gap): what the reward model pays per held-out label, in nats."""
+    """Mean of -log sig(gap), in nats: the loss of a reward model per label. Gaps r_w - r_l are in log-odds."""
     return float(np.logaddexp(0, -np.asarray(gaps, dtype=np.float64)).mean())
 
 
 def histogram(gaps: ArrayLike, width: float = 0.5, most: float = 4.0) -> list[tuple[float, int]]:
-    """Counts of gaps in bins of this width, by left edge; what lies beyond +-most is in the end bins."""
+    """Counts of gaps in bins of this width: (left edge, count). Gaps beyond +-`most` count in the first or last bin."""
     g = np.clip(np.asarray(gaps, dtype=np.float64), -most, most - 1e-9)
     edges = np.arange(-most, most + width / 2, width)
     counts, _ = np.histogram(g, edges)
@@ -79,13 +84,13 @@ def histogram(gaps: ArrayLike, width: float = 0.5, most: float = 4.0) -> list[tu
 
 
 def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams over all n-grams of all responses (1510.03055): low means monotonous."""
+    """Distinct n-grams as a share of all n-grams in all responses (1510.03055). A low share means monotony."""
     grams = [tuple(r[i : i + n]) for r in responses for i in range(len(r) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
 
 
 def stratified(domains: Sequence[str], count: int) -> list[int]:
-    """Indices of `count` rows, as equally over the domains as they allow, in order."""
+    """Indices of `count` rows, in ascending order, with as equal shares of the domains as their sizes allow."""
     groups: dict[str, list[int]] = {}
     for i, domain in enumerate(domains):
         groups.setdefault(domain, []).append(i)

@@ -1,11 +1,12 @@
-"""What to install here, with hashes:
+"""Print what to install for one purpose, with versions and hashes:
 
     python requirements/pick.py PURPOSE > FILE
     pip install --require-hashes -r FILE
 
-lock.txt has everything for every platform, written by `make lock` from direct.txt and pyproject.toml. This picks the
-packages that one purpose needs, by the lock's own "# via" notes. Where pip is set up to find a CPU build of torch, that
-build is taken, without the GPU libraries that the ordinary one asks for. Nothing but Python is needed to run it.
+PURPOSE is runtime, figures, dev, gpu, parity or oldest. lock.txt has all packages for all purposes and platforms;
+`make lock` writes it from direct.txt and pyproject.toml. This script picks those that the purpose needs, following the
+"# via" notes of the lock. If pip is set up to find a CPU build of torch, it picks that build, without the GPU libraries
+of the ordinary one. The script itself needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 LOCK = Path(__file__).with_name("lock.txt")
 PROJECT = LOCK.parent.parent / "pyproject.toml"
-PURPOSES = {  # extras of pyproject.toml
+PURPOSES = {  # purpose -> extras of pyproject.toml
     "runtime": set[str](),
     "figures": {"figures"},
     "dev": {"dev", "figures"},
@@ -31,22 +32,22 @@ GPU_LIBRARIES = ("nvidia-", "cuda-")
 
 
 def blocks(text: str) -> dict[str, str]:
-    """Each package's lines, by name: of all its versions, where platforms have different ones."""
-    found: dict[str, str] = {}
+    """The lines of each package, by name. A package may have several versions, for different platforms."""
+    lines: dict[str, str] = {}
     for block in re.split(r"^(?=[A-Za-z0-9][\w.-]*==)", text, flags=re.MULTILINE)[1:]:
         name = block.split("==")[0]
-        found[name] = found.get(name, "") + block
-    return found
+        lines[name] = lines.get(name, "") + block
+    return lines
 
 
 def parents(block: str) -> set[str]:
-    """What a package is in the lock for: packages, or pyproject.toml's "mpo (extra)"."""
+    """What needs a package: other packages, or an entry of pyproject.toml such as "mpo (extra)"."""
     notes = re.findall(r"^    #(?: via)?\s+(?:via )?([\w. ()-]+?)(?: \(pyproject.toml\))?$", block, re.MULTILINE)
     return {n.strip() for n in notes if n.strip() not in ("", "-c requirements/direct.txt")}
 
 
 def needed(packages: dict[str, str], direct: set[str]) -> set[str]:
-    """`direct` and all that they ask for, by the notes of who asks."""
+    """The packages of `direct`, and all that these need, directly or indirectly."""
     chosen = set(direct)
     while more := {name for name, block in packages.items() if parents(block) & chosen} - chosen:
         chosen |= more
@@ -54,24 +55,24 @@ def needed(packages: dict[str, str], direct: set[str]) -> set[str]:
 
 
 def direct_requirements(extras: set[str]) -> set[str]:
-    """The names that pyproject.toml asks for."""
+    """The names of the packages that pyproject.toml requires, with these extras, and setuptools."""
     project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
-    asked = [*project["dependencies"], *(r for e in extras for r in project["optional-dependencies"][e]), "setuptools"]
-    return {re.split(r"[<>=!~ \[;]", r)[0].lower() for r in asked}
+    optional = (r for e in extras for r in project["optional-dependencies"][e])
+    return {re.split(r"[<>=!~ \[;]", r)[0].lower() for r in (*project["dependencies"], *optional, "setuptools")}
 
 
 def oldest() -> str:
-    """The runtime's oldest versions that pyproject.toml allows, and what the tests need; without hashes."""
-    asked = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
+    """The oldest versions of the runtime that pyproject.toml allows, and what the tests need; without hashes."""
+    dependencies = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]["dependencies"]
     pinned = dict(
         re.findall(r"^([\w-]+)==(\S+)$", LOCK.with_name("direct.txt").read_text(encoding="utf-8"), re.MULTILINE)
     )
     tools = ("pytest", "pytest-xdist", "hypothesis")
-    return "\n".join([r.replace(">=", "==") for r in asked] + [f"{n}=={pinned[n]}" for n in tools])
+    return "\n".join([r.replace(">=", "==") for r in dependencies] + [f"{n}=={pinned[n]}" for n in tools])
 
 
 def takes_cpu_build(version: str) -> bool:
-    """Whether pip, as it is set up here, would install a CPU build of torch."""
+    """True if pip, as it is set up here, would install a CPU build of this version of torch."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet"]
     done = subprocess.run([*command, "--report", "-", f"torch=={version}"], capture_output=True, text=True, check=False)
     try:
@@ -81,7 +82,7 @@ def takes_cpu_build(version: str) -> bool:
 
 
 def main() -> None:
-    """Print the requirements of a purpose."""
+    """Print the requirements of the purpose named on the command line."""
     purpose = sys.argv[1] if len(sys.argv) > 1 else "runtime"
     if purpose == "oldest":
         print(oldest())

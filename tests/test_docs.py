@@ -35,7 +35,7 @@ def test_the_world_page_gives_the_annotators_numbers():
     page = (ROOT / "docs" / "world.md").read_text()
     for name, a in ANNOTATORS.items():
         assert f"| {name} | {a.slope:g} | {a.careless:g} | {a.glaring:g} | {NEAR[name]:g} |" in page
-    assert f"is {BEST}, the same for every kind; the sum is cut at {WORST:g}" in page
+    assert f"scores {BEST}, whatever the kind of prompt, and no answer scores less than {WORST:g}" in page
 
 
 def test_the_world_page_names_every_term_of_the_gold_reward():

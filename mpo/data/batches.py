@@ -1,4 +1,4 @@
-"""From rows to token ids that fit the limits, and from these to packed batches with masks made from lengths."""
+"""From rows to token ids within the length limits, and from these to packed batches. Masks come from lengths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mpo.runtime.seeding import generator
 
 @dataclass(frozen=True)
 class Pair:
-    """A row as token ids: the prompt with BOS, both responses with EOS."""
+    """A row as token ids: the prompt starts with BOS, and both responses end in EOS."""
 
     row: Row
     prompt: list[int]
@@ -30,29 +30,32 @@ class Pair:
 
 @dataclass(frozen=True)
 class Batch:
-    """B sequences, each a prompt and a response, packed without padding. M is the number of response tokens."""
+    """B sequences, each a prompt and a response, packed into N tokens, M of them response tokens; no padding."""
 
     sequences: Sequence[tuple[list[int], list[int]]]
     ids: Tensor  # (N,) int64
-    packing: Packing  # of prompts, each followed by its responses
+    packing: Packing  # which tokens belong together: each prompt is followed by its responses
     response_mask: Tensor  # (B, R): True on the tokens of each response; column 0 is its first token
     response_tokens: Tensor  # (M,): positions of these tokens in `ids`, response by response
     predictors: Tensor  # (M,): position of the token before each of them, whose hidden state predicts it
     last: Tensor  # (B,): position of each sequence's last token
 
     def rows(self, index: Sequence[int]) -> Batch:
-        """Some of the sequences."""
+        """A batch of the sequences with these indices."""
         return make_batch([self.sequences[i] for i in index])
 
     def unpack(self, values: Tensor) -> Tensor:
-        """Values of the response tokens (M,) as (B, R), zero where the mask is False; differentiable."""
+        """Values of the response tokens (M,) as (B, R), 0 where the mask is False. Gradients pass through."""
         zeros = torch.zeros(self.response_mask.shape, dtype=values.dtype, device=values.device)
         return zeros.masked_scatter(self.response_mask, values)
 
 
 def make_batch(sequences: Sequence[tuple[list[int], list[int]]], share: bool = True) -> Batch:
-    """Pack (prompt ids, response ids) sequences; with `share`, a prompt that several of them have is stored once."""
-    families: dict[tuple[int, ...], list[int]] = {}  # prompt -> the sequences that have it
+    """Pack sequences, each (prompt ids, response ids), into a batch on the current device.
+
+    With `share`, a prompt that several sequences have is stored and computed only once.
+    """
+    families: dict[tuple[int, ...], list[int]] = {}  # prompt -> the sequences that start with it
     for i, (prompt, _) in enumerate(sequences):
         families.setdefault(tuple(prompt) if share else (i,), []).append(i)
     texts, parents, roots, children = list[list[int]](), list[int](), [0] * len(sequences), [0] * len(sequences)
@@ -78,15 +81,16 @@ def make_batch(sequences: Sequence[tuple[list[int], list[int]]], share: bool = T
 
 
 def pair_batch(pairs: Sequence[Pair]) -> Batch:
-    """Chosen sequences first, then rejected ones, so that one forward pass scores both: 2B rows, B prompts."""
+    """A batch of 2B sequences with B prompts: first all chosen, then all rejected. One forward pass scores both."""
     chosen = [(p.prompt, p.chosen) for p in pairs]
     return make_batch(chosen + [(p.prompt, p.rejected) for p in pairs])
 
 
 def fit_prompt(prompt: str, tokenizer: Tokenizer, most: int) -> tuple[list[int], int]:
-    """The prompt's ids without as many of its oldest turns as it takes to fit, and how many turns that is.
+    """Remove the oldest turns of a prompt until it has at most `most` tokens.
 
-    Returns ([], 0) for a prompt that does not fit even then, and has to be dropped.
+    Returns the ids and the number of turns removed, or ([], 0) if the last turn alone is too long: the row must then
+    be dropped.
     """
     ids, cut = tokenizer.prompt_ids(prompt), 0
     while len(ids) > most:
@@ -101,11 +105,11 @@ def fit_prompt(prompt: str, tokenizer: Tokenizer, most: int) -> tuple[list[int],
 def encode(
     rows: Sequence[Row], tokenizer: Tokenizer, max_prompt: int, max_response: int
 ) -> tuple[list[Pair], dict[str, int]]:
-    """Tokenise rows. Those that do not fit are cut (old turns) or dropped, and counted by reason.
+    """Tokenise rows. A prompt that is too long loses its oldest turns; a row that still does not fit is dropped.
 
-    A response is never cut: it would lose its EOS and teach the model not to stop.
+    A response is never cut. It would lose its EOS, and the model would learn not to stop.
 
-    Raises InputError where no row is left.
+    Returns the pairs, and how many rows were kept, cut and dropped, by reason. Raises InputError where no row is left.
     """
     pairs, counts = [], Counter[str]()
     for row in rows:
@@ -127,19 +131,19 @@ def encode(
 
 
 def shuffled_batches(pairs: Sequence[Pair], batch: int, seed: int, epoch: int) -> Iterator[list[Pair]]:
-    """One epoch in full batches, in random order; rows that fill no batch are left out."""
+    """One epoch: the rows in random order, in full batches. The last rows are left out if they do not fill a batch."""
     order = torch.randperm(len(pairs), generator=generator(seed, "order", epoch)).tolist()
     for start in range(0, len(pairs) - batch + 1, batch):
         yield [pairs[i] for i in order[start : start + batch]]
 
 
 def training_batches(pairs: Sequence[Pair], batch: int, epochs: float, seed: int, steps: int = 0) -> list[list[Pair]]:
-    """All batches of a stage in order: `steps` of them, or as many as `epochs` (or a part of one) make.
+    """All batches of a stage, in order: `steps` of them or, if that is 0, those of `epochs` (which may be a fraction).
 
-    Raises InputError where the rows do not fill one batch.
+    Raises InputError where there are fewer rows than one batch needs.
     """
     if len(pairs) < batch:
-        raise InputError(f"{len(pairs)} rows do not fill one batch of {batch}; lower --batch or bring more rows")
+        raise InputError(f"{len(pairs)} rows do not fill one batch of {batch}; lower --batch or add rows")
 
     def forever() -> Iterator[list[Pair]]:
         epoch = 0
@@ -153,6 +157,6 @@ def training_batches(pairs: Sequence[Pair], batch: int, epochs: float, seed: int
 
 
 def left_out(pairs: Sequence[Pair], batch: int) -> dict[str, int]:
-    """How many rows each epoch leaves out, different ones each time, since they fill no batch."""
+    """How many rows each epoch leaves out because they do not fill a batch. They are different rows each time."""
     rest = len(pairs) % batch
     return {"left out of each epoch: no full batch": rest} if rest else {}

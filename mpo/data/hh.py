@@ -1,4 +1,4 @@
-"""Anthropic's HH-RLHF: whole dialogues {"chosen", "rejected"} that differ in the last reply."""
+"""Anthropic's HH-RLHF (2204.05862): pairs of dialogues {"chosen", "rejected"} that differ in the last reply."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def split_dialogue(where: str, text: str) -> tuple[str, str]:
-    """Cut a dialogue behind its last "\\n\\nAssistant:": (prompt, response)."""
+    """Split a dialogue after its last "\\n\\nAssistant:" into prompt and response.
+
+    Raises InputError, with `where` in front, for a text that is not a dialogue.
+    """
     at = text.rfind(ASSISTANT)
     if at < 0 or not text.startswith(HUMAN):
         raise InputError(f"{where}: not a dialogue of '\\n\\nHuman:' and '\\n\\nAssistant:' turns")
@@ -22,9 +25,11 @@ def split_dialogue(where: str, text: str) -> tuple[str, str]:
 
 
 def parse(where: str, item: dict[str, Any], row_id: str, domain: str, dropped: Counter[str]) -> Row | None:
-    """One official row to a Row; None, with the reason counted, where no pair can be made of it.
+    """Convert one official row. Returns None, and counts the reason in `dropped`, where it does not make a pair.
 
-    Two dialogues that part before the last reply (a handful do) share no prompt to compare on.
+    A few pairs of dialogues differ before the last reply. They do not answer the same prompt and are dropped, too.
+
+    Raises InputError, with `where` in front, for a row of another form.
     """
     prompt, chosen = split_dialogue(where, text_field(where, item, "chosen"))
     other, rejected = split_dialogue(where, text_field(where, item, "rejected"))
@@ -41,13 +46,15 @@ def parse(where: str, item: dict[str, Any], row_id: str, domain: str, dropped: C
 
 
 def read_folder(folder: Path, split: str, dropped: Counter[str]) -> list[Row]:
-    """All rows of one split ("train" or "test") of a folder in the official layout.
+    """All rows of one split ("train" or "test") from a folder in the official layout.
 
-    The layout is `<subset>/<split>.jsonl.gz` (or .jsonl); the subset becomes the row's domain.
+    The layout is `<subset>/<split>.jsonl.gz` (or .jsonl). The subset becomes the domain of its rows.
+
+    Raises InputError for a folder without such files, or a file that is damaged or of another form.
     """
     files = sorted(p for p in folder.glob(f"*/{split}.jsonl*") if p.name.endswith((".jsonl", ".jsonl.gz")))
     if not files:
-        raise InputError(f"{folder}: no <subset>/{split}.jsonl.gz in it; expected the layout of HH-RLHF")
+        raise InputError(f"{folder}: has no <subset>/{split}.jsonl.gz; expected the layout of HH-RLHF")
     rows = []
     for file in files:
         subset = file.parent.name

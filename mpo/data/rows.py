@@ -1,4 +1,4 @@
-"""The row: one preference pair, one JSON object a line; reading and writing them."""
+"""Rows: one preference pair each, one JSON object a line. How they are read, checked and written."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ LONGEST_LINE = 16 << 20  # characters
 
 @dataclass(frozen=True)
 class Row:
-    """One preference pair. HH text keeps its form: a response starts with a space."""
+    """One preference pair. A response starts with a space, as in HH-RLHF."""
 
     id: str
     prompt: str
     chosen: str
     rejected: str
     domain: str = ""
-    margin: float | None = None  # how much better the annotator finds `chosen`, where known
-    noise: float | None = None  # the probability that the label is wrong, where known
+    margin: float | None = None  # how much better the annotator finds `chosen`, if known
+    noise: float | None = None  # the probability that the label is wrong, if known
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ("file:line", object) for each line of a .jsonl or .jsonl.gz file.
 
-    Errors: InputError names the file and the line for anything that is not a JSON object.
+    Raises InputError, naming file and line, for anything that is not a JSON object.
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: not a file")
@@ -55,22 +55,22 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}); convert it first") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-        raise InputError(f"{path}: not a whole gzip file ({e}); download it again") from None
+        raise InputError(f"{path}: not a complete gzip file ({e}); download it again") from None
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror or e})") from None
 
 
 def text_field(where: str, item: dict[str, Any], name: str) -> str:
-    """The string under `name`, or a one-line error."""
+    """The string in field `name`. Raises InputError, with `where` in front, if there is none."""
     value = item.get(name)
     if not isinstance(value, str):
-        found = "is missing" if name not in item else f"is {type(value).__name__}, not a string"
-        raise InputError(f"{where}: field {name!r} {found}")
+        fault = "is missing" if name not in item else f"is {type(value).__name__}, not a string"
+        raise InputError(f"{where}: field {name!r} {fault}")
     return whole_text(where, name, value)
 
 
 def whole_text(where: str, name: str, value: str) -> str:
-    """Refuse half of a surrogate pair, which JSON can hold and no file can."""
+    """The value, checked: raises InputError for half of a surrogate pair, which JSON allows and UTF-8 does not."""
     try:
         value.encode()
     except UnicodeEncodeError as e:
@@ -79,7 +79,7 @@ def whole_text(where: str, name: str, value: str) -> str:
 
 
 def number_field(where: str, item: dict[str, Any], name: str) -> float | None:
-    """The number under `name`, None where there is none, or a one-line error."""
+    """The number in field `name`, None if it is missing. Raises InputError for anything but a finite number."""
     value = item.get(name)
     if value is None:
         return None
@@ -89,7 +89,11 @@ def number_field(where: str, item: dict[str, Any], name: str) -> float | None:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read rows in the project's own format: {"id", "prompt", "chosen", "rejected"} a line."""
+    """Read rows in the project's own format: {"id", "prompt", "chosen", "rejected"} on each line.
+
+    A row without an id gets one from the file's name and its place. Raises InputError for a file without rows, and
+    naming the line for a row that is not valid.
+    """
     path = Path(path)
     rows: list[Row] = []
     for where, item in read_jsonl(path):
@@ -105,12 +109,12 @@ def read_rows(path: str | Path) -> list[Row]:
             )
         )
     if not rows:
-        raise InputError(f"{path}: holds no rows")
+        raise InputError(f"{path}: contains no rows")
     return rows
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows, whole or not at all; fields without a value are left out."""
+    """Write rows, all or none of them. Fields without a value are left out."""
     lines = []
     for row in rows:
         item = {k: v for k, v in asdict(row).items() if v not in ("", None) or k in ("chosen", "rejected")}

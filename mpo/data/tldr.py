@@ -1,4 +1,4 @@
-"""OpenAI's summarize-from-feedback comparisons: a Reddit post, two summaries, a choice."""
+"""OpenAI's summarize-from-feedback (2009.01325): comparisons of two summaries of a Reddit post, with a choice."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ SPLITS = {"train": "train", "test": "valid"}  # OpenAI calls its held-out split 
 
 
 def prompt_text(subreddit: str, title: str, post: str) -> str:
-    """The prompt format of the TL;DR task."""
+    """A post in the prompt format of the TL;DR task."""
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title.strip()}\n\nPOST: {post.strip()}\n\nTL;DR:"
 
 
 def parse(where: str, item: dict[str, Any], row_id: str, dropped: Counter[str]) -> Row | None:
-    """One comparison to a Row; None, with the reason counted, where no pair can be made of it."""
+    """Convert one comparison. Returns None, and counts the reason in `dropped`, where it does not make a pair.
+
+    Raises InputError, with `where` in front, for a comparison of another form.
+    """
     info, summaries, choice = item.get("info"), item.get("summaries"), item.get("choice")
     if not isinstance(info, dict):
         raise InputError(f"{where}: field 'info' is missing or not an object")
@@ -26,7 +29,7 @@ def parse(where: str, item: dict[str, Any], row_id: str, dropped: Counter[str]) 
         raise InputError(f"{where}: field 'summaries' must be a list of two objects")
     if choice not in (0, 1) or isinstance(choice, bool):
         raise InputError(f"{where}: field 'choice' must be 0 or 1, found {choice!r}")
-    if not isinstance(info.get("post"), str):  # the CNN/DM part of the data set has articles instead
+    if not isinstance(info.get("post"), str):  # the CNN/DM part of the data set has news articles instead
         dropped["no Reddit post"] += 1
         return None
     prompt = prompt_text(*(text_field(where, info, name) for name in ("subreddit", "title", "post")))
@@ -39,14 +42,17 @@ def parse(where: str, item: dict[str, Any], row_id: str, dropped: Counter[str]) 
 
 
 def read_folder(folder: Path, split: str, dropped: Counter[str]) -> list[Row]:
-    """All rows of one split of a folder with comparisons/{train,valid}.json (or batches of files)."""
+    """All rows of one split ("train" or "test") from a folder with comparisons/{train,valid}.json, or batch*.json.
+
+    Raises InputError for a folder without such files, or a file that is damaged or of another form.
+    """
     name = SPLITS[split]
     base = folder / "comparisons" if (folder / "comparisons").is_dir() else folder
     files = sorted(base.glob(f"{name}*.json*"))
     if not files:
         files = [p for p in sorted(base.glob("batch*.json")) if split == "train"]
     if not files:
-        raise InputError(f"{folder}: no comparisons/{name}.json in it; expected OpenAI's layout")
+        raise InputError(f"{folder}: has no comparisons/{name}.json; expected OpenAI's layout")
     rows = []
     for file in files:
         for i, (where, item) in enumerate(read_jsonl(file)):

@@ -1,8 +1,7 @@
-"""Turn prompts and responses into ids, and train a sentencepiece tokenizer.
+"""Turn prompts and responses into token ids, and train a sentencepiece tokenizer.
 
-One place adds the special tokens: a prompt gets BOS, exactly once; a complete response gets
-EOS. Prompt and response are tokenised apart and their ids joined, so that the boundary is the
-same in training, sampling and scoring.
+Special tokens are added here and nowhere else: BOS once, before a prompt, and EOS after a complete response. Prompt and
+response are tokenised separately and their ids joined. So the boundary is the same in training, sampling and scoring.
 """
 
 from __future__ import annotations
@@ -16,56 +15,55 @@ import sentencepiece
 from mpo.data.vocabulary import Sentencepiece, Vocabulary, load_vocabulary
 from mpo.runtime.files import write_bytes
 
-# Packing of their own: one token each, and no other string maps to them.
+# These strings have a token each, and no other string maps to it.
 TURNS = ("\n\nHuman:", "\n\nAssistant:")
 POST_PARTS = ("SUBREDDIT:", "\n\nTITLE:", "\n\nPOST:", "\n\nTL;DR:")
 
 
 class Tokenizer:
-    """A vocabulary and the rules for special tokens."""
+    """A vocabulary (vocabulary.py) with the rules for special tokens."""
 
     def __init__(self, vocabulary: Vocabulary):
-        """On the pieces of vocabulary.py."""
         self.vocabulary = vocabulary
         self.size, self.bos, self.eos, self.pad = vocabulary.size, vocabulary.bos, vocabulary.eos, vocabulary.pad
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """BOS and the prompt's ids."""
+        """BOS, then the ids of the prompt."""
         return [self.bos, *self.vocabulary.encode(prompt)]
 
     def response_ids(self, response: str) -> list[int]:
-        """The ids of a complete response, closed by EOS."""
+        """The ids of a complete response, then EOS."""
         return [*self.vocabulary.encode(response), self.eos]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of a response's ids up to EOS, specials left out; keeps the leading space."""
+        """The text of a response, up to EOS and without special tokens. A leading space is kept."""
         kept = list[int]()
         for i in ids:
             if i == self.eos:
                 break
-            if i not in (self.bos, self.pad) and i < self.size:  # a model may have rows for more pieces
+            if i not in (self.bos, self.pad) and i < self.size:  # a model may have more rows than there are pieces
                 kept.append(int(i))
         text = self.vocabulary.decode(kept)
-        # the space of a leading "▁" is dropped where a dummy prefix is added to every text
+        # A vocabulary that puts a space before every text removes the first one again when it decodes.
         lost = bool(kept) and self.vocabulary.piece(kept[0]).startswith("▁") and not text.startswith(" ")
         return " " + text if lost else text
 
     def save(self, folder: Path) -> None:
-        """Write the vocabulary's files."""
+        """Write the files of the vocabulary into a folder."""
         for name, content in self.vocabulary.files.items():
             write_bytes(folder / name, content)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a model or tokenizer folder. Errors: InputError."""
+    """Load the tokenizer of a model or tokenizer folder. Raises InputError (`load_vocabulary`)."""
     return Tokenizer(load_vocabulary(Path(folder)))
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int, seed: int) -> Tokenizer:
-    """Train BPE with byte fallback and its own pad piece on whole prompts and responses.
+    """Train a BPE tokenizer with byte fallback and a pad piece, on complete prompts and responses.
 
-    No normalisation and no dummy prefix: decoding what was encoded gives the same text. `vocab`
-    is the most; a small corpus yields fewer pieces.
+    Text is not normalised and gets no leading space, so that decoding restores it exactly. `vocab` is the largest
+    number of pieces; a small corpus yields fewer.
     """
     out = io.BytesIO()
     sentencepiece.set_random_generator_seed(seed)
@@ -88,7 +86,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int, seed: int) -> Tokenizer:
         eos_id=2,
         pad_id=3,
         pad_piece="<pad>",
-        num_threads=1,  # the result must not depend on the number of cores
+        num_threads=1,  # so that the result does not depend on the number of cores
         minloglevel=2,
     )
-    return Tokenizer(Sentencepiece(out.getvalue(), "the tokenizer just trained"))
+    return Tokenizer(Sentencepiece(out.getvalue(), "the new tokenizer"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from mpo.data.batches import Batch, Pair, pair_batch
 from mpo.model.llama import ScalarModel, ValueHead
 from mpo.runtime import distributed
-from mpo.runtime.progress import progress
+from mpo.runtime.output import progress
 
 T = TypeVar("T")
 

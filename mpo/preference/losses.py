@@ -1,7 +1,8 @@
-"""Losses on pairs as pure functions: tensors in, one unreduced loss per pair out.
+"""Losses on preference pairs, as pure functions: tensors in, one unreduced loss for each pair out.
 
-Notation: s_w, s_l = log(pi/pi_ref) of the chosen and the rejected response, summed over tokens;
-D = s_w - s_l; |w|, |l| their lengths in tokens; e the probability that the label is wrong.
+Notation: s_w and s_l are log(pi/pi_ref) of the chosen and the rejected response, summed over tokens; D = s_w - s_l;
+|w| and |l| are their lengths in tokens; e is the probability that the label is wrong; sig is the logistic function.
+
 A new loss is a function here and a line in PREFERENCE_LOSSES (docs/losses.md).
 """
 
@@ -17,16 +18,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Sequence log-probs of B pairs, each tensor (B,), in nats."""
+    """The log-probs of B pairs of responses, in nats, and what else a loss may need. Each tensor is (B,)."""
 
-    chosen: Tensor
+    chosen: Tensor  # log pi of the chosen response, summed over its tokens
     rejected: Tensor
-    ref_chosen: Tensor  # zeros where no reference is loaded
+    ref_chosen: Tensor  # log pi_ref of the same; zeros if no reference is loaded
     ref_rejected: Tensor
-    chosen_len: Tensor  # tokens, EOS included
+    chosen_len: Tensor  # number of tokens, including EOS
     rejected_len: Tensor
-    noise: Tensor | None = None  # e of each pair, NaN where its row gives none
-    mean_log_ratio: float = 0.0  # running mean of (s_w + s_l)/2 over the batches before this one
+    noise: Tensor | None = None  # e of each pair, NaN if its row does not give it
+    mean_log_ratio: float = 0.0  # mean of (s_w + s_l)/2 over all batches before this one
 
     @property
     def s_w(self) -> Tensor:
@@ -39,31 +40,34 @@ class PairLogps:
         return self.rejected - self.ref_rejected
 
     @property
-    def D(self) -> Tensor:  # the papers' letter
-        """The difference of the two log-ratios."""
+    def D(self) -> Tensor:  # a capital, as in the papers
+        """The difference of the two log-ratios, s_w - s_l."""
         return self.s_w - self.s_l
 
     def label_noise(self, e: float) -> Tensor | float:
-        """The probability that each label is wrong: the row's own where it gives one, else e."""
+        """The probability that each label is wrong: that of its row or, if the row gives none, e."""
         return e if self.noise is None else self.noise.nan_to_num(nan=e)
 
 
-# --- the reward model's -------------------------------------------------------------------------
+# --- the reward model ---------------------------------------------------------------------------
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, e: float = 0.0) -> Tensor:
-    """Reward-model loss: -(1-e) log sig(r_w - r_l - margin) - e log sig(r_l - r_w - margin).
+    """Reward-model loss (B,): -(1-e) log sig(r_w - r_l - margin) - e log sig(r_l - r_w - margin).
 
-    Args: chosen, rejected (B,): rewards; margin (B,) or 0; e: label smoothing, the share of labels
-    taken to be wrong. Source: Bradley & Terry 1952; margin Llama 2 (2307.09288, eq. 2); smoothing
-    2401.06080.
+    Args:
+        chosen, rejected: (B,), the rewards r_w and r_l.
+        margin: (B,) or 0, by how much the chosen response should win.
+        e: label smoothing, the share of the labels that are assumed to be wrong.
+
+    Source: Bradley & Terry 1952; the margin is from Llama 2 (2307.09288, eq. 2), the smoothing from 2401.06080.
     """
     gap = chosen - rejected
     return -(1 - e) * F.logsigmoid(gap - margin) - e * F.logsigmoid(-gap - margin)
 
 
 def centring(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """(r_w + r_l)^2, which keeps raw rewards around 0. Source: 2312.09244."""
+    """(B,): (r_w + r_l)^2, which keeps raw rewards around 0. Source: 2312.09244."""
     return (chosen + rejected) ** 2
 
 
@@ -76,13 +80,13 @@ def sigmoid(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def cdpo(pairs: PairLogps, beta: float, e: float = 0.1) -> Tensor:
-    """Conservative DPO: -(1-e) log sig(beta D) - e log sig(-beta D). Source: Mitchell 2023, a note."""
+    """Conservative DPO: -(1-e) log sig(beta D) - e log sig(-beta D). Source: a note by E. Mitchell, 2023."""
     e_ = pairs.label_noise(e)
     return -(1 - e_) * F.logsigmoid(beta * pairs.D) - e_ * F.logsigmoid(-beta * pairs.D)
 
 
 def robust(pairs: PairLogps, beta: float, e: float = 0.1) -> Tensor:
-    """DPO, unbiased under flipped labels; e < 1/2. Source: 2403.00409.
+    """Robust DPO: unbiased for DPO's loss on the true labels if a share e < 1/2 is flipped. Source: 2403.00409.
 
     [-(1-e) log sig(beta D) + e log sig(-beta D)] / (1 - 2e)
     """
@@ -91,47 +95,47 @@ def robust(pairs: PairLogps, beta: float, e: float = 0.1) -> Tensor:
 
 
 def hinge(pairs: PairLogps, beta: float) -> Tensor:
-    """SLiC's hinge on DPO's margin: max(0, 1 - beta D). Source: 2305.10425; 2309.06657."""
+    """The hinge of SLiC, on DPO's margin: max(0, 1 - beta D). Source: 2305.10425 and 2309.06657."""
     return (1 - beta * pairs.D).clamp(min=0)
 
 
 def ipo(pairs: PairLogps, beta: float) -> Tensor:
-    """IPO on sums, as in the paper: (D - 1/(2 beta))^2. Source: 2310.12036, eq. 17 (its tau is beta)."""
+    """IPO on sums over tokens, as in the paper: (D - 1/(2 beta))^2. Source: 2310.12036, eq. 17 (its tau is beta)."""
     return (pairs.D - 1 / (2 * beta)) ** 2
 
 
 def ipo_mean(pairs: PairLogps, beta: float) -> Tensor:
-    """IPO on per-token means, as in TRL: (s_w/|w| - s_l/|l| - 1/(2 beta))^2."""
+    """IPO on means over tokens, as in TRL: (s_w/|w| - s_l/|l| - 1/(2 beta))^2."""
     return (pairs.s_w / pairs.chosen_len - pairs.s_l / pairs.rejected_len - 1 / (2 * beta)) ** 2
 
 
 def exo_pair(pairs: PairLogps, beta: float, e: float = 1e-3) -> Tensor:
-    """EXO: KL of [sig(beta D), sig(-beta D)] from [1-e, e]. Source: 2402.00856, eq. 16; e > 0."""
+    """EXO: KL of [sig(beta D), sig(-beta D)] from [1-e, e], where e > 0. Source: 2402.00856, eq. 16."""
     e_ = torch.as_tensor(pairs.label_noise(e), dtype=pairs.chosen.dtype)
     log_p, log_q = F.logsigmoid(beta * pairs.D), F.logsigmoid(-beta * pairs.D)
     return log_p.exp() * (log_p - torch.log(1 - e_)) + log_q.exp() * (log_q - torch.log(e_))
 
 
 def discopop(pairs: PairLogps, beta: float, tau: float = 0.05) -> Tensor:
-    """Found by a language model: (1-m)(-log sig(beta D)) + m exp(-beta D). Source: 2406.08414, eq. 5.
+    """DiscoPOP: (1-m)(-log sig(beta D)) + m exp(-beta D), with m = sig(beta D / tau). Source: 2406.08414, eq. 5.
 
-    m = sig(beta D / tau)
+    A language model discovered this loss.
     """
     m = torch.sigmoid(beta * pairs.D / tau)
     return (1 - m) * -F.logsigmoid(beta * pairs.D) + m * torch.exp(-beta * pairs.D)
 
 
 def aot(pairs: PairLogps, beta: float, e: float = 0.0) -> Tensor:
-    """Optimal transport on the batch, paired: cdpo of sorted(log pi_w/pi_l) - sorted(log ref_w/ref_l).
+    """AOT: cdpo, in which D is sorted(log pi_w/pi_l) - sorted(log ref_w/ref_l), each sorted over the batch.
 
-    Source: 2406.05882 (its paired form). Compares across the batch: see WHOLE_BATCH.
+    Source: 2406.05882, its paired form. It compares the pairs of a batch: see WHOLE_BATCH.
     """
     policy = (pairs.chosen - pairs.rejected).sort().values
     return _smoothed(beta * (policy - (pairs.ref_chosen - pairs.ref_rejected).sort().values), e)
 
 
 def aot_unpaired(pairs: PairLogps, beta: float, e: float = 0.0) -> Tensor:
-    """The unpaired form of `aot`: cdpo of sorted(s_w) - sorted(s_l). Source: 2406.05882."""
+    """The unpaired form of `aot`: cdpo, in which D is sorted(s_w) - sorted(s_l). Source: 2406.05882."""
     return _smoothed(beta * (pairs.s_w.sort().values - pairs.s_l.sort().values), e)
 
 
@@ -151,8 +155,8 @@ def nca_pair(pairs: PairLogps, beta: float) -> Tensor:
 def bco_pair(pairs: PairLogps, beta: float) -> Tensor:
     """BCO: -log sig(beta s_w - d) - log sig(-(beta s_l - d)). Source: 2404.04656.
 
-    d = beta times the running mean of (s_w + s_l)/2, here over the batches before this one, so that
-    it does not depend on the microbatch (TRL's includes the current batch).
+    d is beta times the running mean of (s_w + s_l)/2. Here the mean is over the batches before this one, so that it
+    does not depend on the microbatch.
     """
     d = beta * pairs.mean_log_ratio
     return -F.logsigmoid(beta * pairs.s_w - d) - F.logsigmoid(-(beta * pairs.s_l - d))
@@ -164,21 +168,27 @@ def sppo_hard(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def apo_zero(pairs: PairLogps, beta: float) -> Tensor:
-    """APO, chosen up and rejected down: 1 - sig(beta s_w) + sig(beta s_l). Source: 2408.06266, eq. 7."""
+    """APO-zero, which moves the chosen response up and the rejected one down.
+
+    1 - sig(beta s_w) + sig(beta s_l). Source: 2408.06266, eq. 7.
+    """
     return 1 - torch.sigmoid(beta * pairs.s_w) + torch.sigmoid(beta * pairs.s_l)
 
 
 def apo_down(pairs: PairLogps, beta: float) -> Tensor:
-    """APO, both down but chosen less: sig(beta s_w) + 1 - sig(beta D). Source: 2408.06266, eq. 8."""
+    """APO-down, which moves both responses down, the chosen one less.
+
+    sig(beta s_w) + 1 - sig(beta D). Source: 2408.06266, eq. 8.
+    """
     return torch.sigmoid(beta * pairs.s_w) + 1 - torch.sigmoid(beta * pairs.D)
 
 
 def kto(pairs: PairLogps, beta: float) -> Tensor:
     """KTO on pairs: 1 - sig(beta (s_w - z_l)) + 1 - sig(beta (z_w - s_l)). Source: 2402.01306.
 
-    The baselines z_w = max(0, mean s_w) and z_l = max(0, mean s_l) over the batch stand in for the
-    paper's KL estimate from mismatched pairs, as in the paired form of the authors' code and of
-    older TRL. Compares across the batch: see WHOLE_BATCH.
+    The baselines are z_w = max(0, mean s_w) and z_l = max(0, mean s_l), over the batch. They replace the paper's KL
+    estimate from mismatched pairs, as in the paired form of the authors' code and of older TRL. This loss compares the
+    pairs of a batch: see WHOLE_BATCH.
     """
     z_w, z_l = (s.detach().mean().clamp(min=0) for s in (pairs.s_w, pairs.s_l))
     return 2 - torch.sigmoid(beta * (pairs.s_w - z_l)) - torch.sigmoid(beta * (z_w - pairs.s_l))
@@ -188,12 +198,12 @@ def kto(pairs: PairLogps, beta: float) -> Tensor:
 
 
 def sft(pairs: PairLogps, beta: float) -> Tensor:
-    """Negative log-likelihood of the chosen response per token, -log pi_w / |w|; ignores beta."""
+    """Negative log-likelihood of the chosen response, per token: -log pi_w / |w|. Ignores beta."""
     return -pairs.chosen / pairs.chosen_len
 
 
 def rpo(pairs: PairLogps, beta: float, alpha: float = 1.0) -> Tensor:
-    """DPO + NLL: sigmoid + alpha sft, also called RPO in TRL. Source: 2404.19733, eq. 1."""
+    """DPO with a likelihood term, which TRL calls RPO: sigmoid + alpha sft. Source: 2404.19733, eq. 1."""
     return sigmoid(pairs, beta) + alpha * sft(pairs, beta)
 
 
@@ -203,9 +213,9 @@ def simpo(pairs: PairLogps, beta: float, gamma: float = 0.5) -> Tensor:
 
 
 def orpo(pairs: PairLogps, beta: float, lam: float = 0.1) -> Tensor:
-    """ORPO: sft - lam log sig(log odds_w - log odds_l); ignores beta. Source: 2403.07691, eq. 6 and 7.
+    """ORPO: sft - lam log sig(log odds_w - log odds_l). Source: 2403.07691, eq. 6 and 7. Ignores beta.
 
-    odds = p / (1 - p) with p = exp(log pi / |y|); TRL calls lam "beta".
+    odds = p / (1 - p), where p = exp(log pi / |y|) for a response of |y| tokens. TRL calls lam "beta".
     """
     mean_w, mean_l = pairs.chosen / pairs.chosen_len, pairs.rejected / pairs.rejected_len
     log_odds = (mean_w - mean_l) - (_log1mexp(mean_w) - _log1mexp(mean_l))
@@ -215,20 +225,19 @@ def orpo(pairs: PairLogps, beta: float, lam: float = 0.1) -> Tensor:
 def cpo(pairs: PairLogps, beta: float, alpha: float = 1.0) -> Tensor:
     """CPO: -log sig(beta (log pi_w - log pi_l)) + alpha sft. Source: 2401.08417.
 
-    The paper writes the likelihood term as a sum over tokens; the mean used here is what its
-    authors' code and TRL compute.
+    The paper writes the likelihood term as a sum over tokens. Here it is the mean, as in its authors' code and in TRL.
     """
     return -F.logsigmoid(beta * (pairs.chosen - pairs.rejected)) + alpha * sft(pairs, beta)
 
 
 def _log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0 without cancellation; x = 0 is moved to -1e-6, as 1 - p would be 0."""
+    """log(1 - exp(x)) for x <= 0, without cancellation. x is at most -1e-6, since the logarithm diverges at 0."""
     x = x.clamp(max=-1e-6)
     return torch.where(x > -0.693, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
 
 
 PreferenceLoss = Callable[..., Tensor]
-"""(pairs, beta, the loss's own constants by name) -> one loss per pair, (B,)."""
+"""(pairs, beta, the loss's own constants by name) -> the loss of each pair (B,)."""
 
 PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "sigmoid": sigmoid,
@@ -254,12 +263,12 @@ PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
     "sft": sft,
 }
 REFERENCE_FREE = {"simpo", "orpo", "cpo", "sft"}  # no reference model is loaded
-NOISE_AWARE = {"cdpo", "robust", "exo_pair"}  # use the label noise a row may carry
-WHOLE_BATCH = {"aot", "aot_unpaired", "kto"}  # look across the batch: --microbatch must equal --batch
+NOISE_AWARE = {"cdpo", "robust", "exo_pair"}  # these use the label noise that a row may give
+WHOLE_BATCH = {"aot", "aot_unpaired", "kto"}  # these compare the pairs of a batch: --microbatch must equal --batch
 
 
 def pair_metrics(pairs: PairLogps, beta: float) -> dict[str, Tensor]:
-    """What to watch in preference training, each (B,) and detached (docs/metrics.md)."""
+    """What to watch in preference training (docs/metrics.md): each (B,), without gradients."""
     with torch.no_grad():
         return {
             "reward_chosen": beta * pairs.s_w,

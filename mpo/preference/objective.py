@@ -1,6 +1,6 @@
-"""From a --loss flag to what is optimised: one preference loss, or a weighted sum of several.
+"""From a --loss flag to the objective: one preference loss, or a weighted sum of several.
 
-sigmoid    sigmoid+0.1*sft    simpo:beta=2.5:gamma=0.5    0.8*sigmoid+0.2*bco_pair+0.1*sft
+Examples: sigmoid    sigmoid+0.1*sft    simpo:beta=2.5:gamma=0.5    0.8*sigmoid+0.2*bco_pair+0.1*sft
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mpo.runtime.errors import InputError
 
 @dataclass(frozen=True)
 class Term:
-    """weight * loss(pairs, beta, **constants)"""
+    """One term of an objective: weight * loss(pairs, beta, **constants)"""
 
     name: str
     weight: float
@@ -27,7 +27,7 @@ class Term:
 
     @property
     def loss(self) -> PreferenceLoss:
-        """The loss function of this name."""
+        """The function with this name."""
         return PREFERENCE_LOSSES[self.name]
 
 
@@ -40,17 +40,17 @@ class Objective:
 
     @property
     def reference_free(self) -> bool:
-        """True where no term asks for a reference model."""
+        """True if no term needs a reference model."""
         return all(term.name in REFERENCE_FREE for term in self.terms)
 
     @property
     def whole_batch(self) -> bool:
-        """True where a term compares pairs with each other."""
+        """True if a term compares the pairs of a batch with each other."""
         return any(term.name in WHOLE_BATCH for term in self.terms)
 
     @property
     def uses_noise(self) -> bool:
-        """True where a term uses the label noise of a row."""
+        """True if a term uses the label noise of a row."""
         return any(term.name in NOISE_AWARE for term in self.terms)
 
     def losses(self, pairs: PairLogps) -> Tensor:
@@ -64,7 +64,8 @@ class Objective:
 def parse_objective(text: str, beta: float) -> Objective:
     """Read a --loss flag: terms joined by +, each [weight*]name[:constant=value]...
 
-    Errors: InputError for an unknown loss or constant (naming the nearest), or a bad number.
+    `beta` is for the terms that do not set their own. Raises InputError for an unknown loss (naming the nearest), an
+    unknown constant, or a bad number.
     """
     return Objective(tuple(_term(part.strip(), text) for part in re.split(r"(?<![eE])\+", text)), beta)
 

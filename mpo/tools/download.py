@@ -1,7 +1,7 @@
-"""Fetch the official HH-RLHF files: `make data/hh-rlhf`, or python -m mpo.data.download FOLDER.
+"""Download the official HH-RLHF files: make data/hh-rlhf, or python -m mpo.tools.download FOLDER
 
-The two base tranches, from Anthropic's own repository at a fixed commit. A file is checked
-before it gets its name; a broken download goes on where it stopped.
+These are the two base parts of the data set, from Anthropic's own repository at a fixed commit. A file gets its name
+only after its hash has been checked. A download that was broken off continues where it stopped.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from mpo.runtime.errors import InputError
 COMMIT = "354e5c3cb8960630860dd5774a6ac2a58313bf4d"
 LARGE = f"https://media.githubusercontent.com/media/anthropics/hh-rlhf/{COMMIT}/"
 PLAIN = f"https://raw.githubusercontent.com/anthropics/hh-rlhf/{COMMIT}/"
-MIRROR = "MPO_HH_URL"  # environment: another address that serves the same files
+MIRROR = "MPO_HH_URL"  # environment variable: another address that has the same files
 
 
 @dataclass(frozen=True)
 class File:
-    """A file to fetch: its size where it is published, and a hash of one of two kinds.
+    """A file to download: where it is, its size if that is published, and a hash of one of two kinds.
 
-    "sha256" is of the content (as in the repository's large-file pointers); "git" is the
-    repository's own blob id, sha1("blob <size>\\0" + content), which covers the size too.
+    "sha256" is the SHA-256 of the content, as in the repository's pointers to large files. "git" is the repository's
+    own blob id, sha1("blob <size>\\0" + content), which covers the size, too.
     """
 
     path: str
@@ -61,7 +61,7 @@ FILES = (
 
 
 def check(file: File, content: Path) -> str:
-    """Why this content is not the file it should be; "" when it is."""
+    """What is wrong with the content of a downloaded file; "" if it is the official one."""
     size = content.stat().st_size
     if file.size is not None and size != file.size:
         return f"{size} bytes instead of {file.size}"
@@ -73,9 +73,9 @@ def check(file: File, content: Path) -> str:
 
 
 def fetch(file: File, folder: Path, base: str) -> None:
-    """Download one file unless it is there already; resume a part that an earlier try left.
+    """Download one file from the address `base`, unless the folder has it already. Continues an earlier download.
 
-    Errors: InputError without a network (naming what to do) or when the content is wrong.
+    Raises InputError where the network cannot be reached, saying what to do, and where the content is wrong.
     """
     target = folder / file.path
     if target.exists() and not check(file, target):
@@ -83,11 +83,11 @@ def fetch(file: File, folder: Path, base: str) -> None:
     partial = target.with_name(target.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     have = partial.stat().st_size if partial.exists() else 0
-    shown = re.sub(r"//[^/@]*@", "//", base) + file.path  # a mirror's password stays out of messages
+    shown = re.sub(r"//[^/@]*@", "//", base) + file.path  # without a mirror's password
     request = urllib.request.Request(base + file.path, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         with urllib.request.urlopen(request, timeout=60) as reply:
-            resumed = reply.status == 206  # a server that ignores Range sends the whole file
+            resumed = reply.status == 206  # otherwise the server ignored Range and sends the complete file
             rest = int(reply.headers.get("Content-Length") or 0)
             start = have if resumed else 0
             bar = tqdm(desc=file.path, total=start + rest or None, initial=start, unit="B", unit_scale=True)
@@ -96,7 +96,7 @@ def fetch(file: File, folder: Path, base: str) -> None:
                     out.write(block)
                     bar.update(len(block))
     except urllib.error.HTTPError as e:
-        if e.code != 416:  # 416: nothing is left to send, the part is whole
+        if e.code != 416:  # 416: there is nothing left to send, the file is complete
             raise InputError(f"{shown}: the server answered {e.code} {e.reason}") from None
     except OSError as e:
         reason = getattr(e, "reason", None) or e
@@ -106,17 +106,17 @@ def fetch(file: File, folder: Path, base: str) -> None:
         ) from None
     if wrong := check(file, partial):
         partial.unlink()
-        raise InputError(f"{target}: {wrong}; the download was thrown away, run the same command again")
+        raise InputError(f"{target}: {wrong}; the download was deleted, run the same command again")
     partial.replace(target)
 
 
 def main(argv: list[str]) -> None:
-    """Fetch every file into the folder named on the command line."""
+    """Download every file into the folder argv[0]. Raises InputError (`fetch`)."""
     if len(argv) != 1:
-        raise InputError("usage: python -m mpo.data.download FOLDER")
+        raise InputError("usage: python -m mpo.tools.download FOLDER")
     for file in FILES:
         fetch(file, Path(argv[0]), os.environ.get(MIRROR) or file.base)
-    print(f"{argv[0]}: {len(FILES)} official files, sizes and hashes checked")
+    print(f"{argv[0]}: has the {len(FILES)} official files; sizes and hashes are right")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Tables, histogram and samples from what the stages wrote: for the terminal and report.md."""
+"""The report of a run: tables, the histogram of reward gaps, and samples; for the terminal and as Markdown.
+
+`python -m mpo.tools.report RUN` prints the report that eval.py wrote.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,29 @@ from mpo.evaluation import stratified
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_text
-from mpo.runtime.tables import interval, percent, table
+from mpo.runtime.output import interval, percent, table
 
 NAMES = {"sft": "SFT", "dpo": "DPO", "mpo": "MPO", "ppo": "PPO", "chosen": "data set's chosen"}
 
-MOST_KINDS = 8  # domains that fit in a table
+MOST_KINDS = 8  # domains that fit into one table
 
 
 @dataclass(frozen=True)
 class Report:
-    """The same content twice."""
+    """The same content in two forms."""
 
     terminal: str
     markdown: str
 
 
 def write_responses(path: Path, responses: Sequence[Mapping[str, Any]]) -> None:
-    """Every response with its scores, one JSON object a line."""
+    """Write every response with its scores, one JSON object a line."""
     lines = [json.dumps({k: v for k, v in r.items() if k != "ids"}, ensure_ascii=False) for r in responses]
     write_text(path, "".join(line + "\n" for line in lines))
 
 
 def result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row a policy: true reward where known, RM reward, win rates, KL, form."""
+    """A row for each policy: gold reward where it is known, RM reward, win rates, KL, length and variety."""
     with_gold = "gold" in next(iter(results.values()))
     judge = "gold" if with_gold else "reward"
     header = ["policy", *(["gold reward", "of best"] if with_gold else []), "RM reward"]
@@ -54,11 +57,11 @@ def result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def kinds_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Mean reward by kind of prompt, and the refusal rate on benign prompts."""
+    """A row for each policy: mean reward by kind of prompt and, in the built-in world, refusals of benign prompts."""
     first = next(iter(results.values()))
     kinds = [k for k in first if "/" in k]
     if len(kinds) > MOST_KINDS:
-        return f"The test set has {len(kinds)} domains: results.json gives the mean reward of each."
+        return f"The test set has {len(kinds)} domains; results.json has the mean reward of each."
     refusals = "refusals_benign" in first
     rows = []
     for name, r in results.items():
@@ -73,7 +76,7 @@ def kinds_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def bars(histogram: Sequence[Sequence[float]], width: int = 48) -> str:
-    """The reward-gap histogram as text: bin, bar, share of the pairs."""
+    """A histogram of reward gaps as text: for each bin its limits, a bar, and its share of the pairs."""
     total = sum(n for _, n in histogram) or 1
     most = max(n for _, n in histogram) or 1
     step = histogram[1][0] - histogram[0][0]
@@ -91,16 +94,19 @@ def bars(histogram: Sequence[Sequence[float]], width: int = 48) -> str:
 def samples(
     responses: Mapping[str, Sequence[Mapping[str, Any]]], count: int
 ) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The same prompts at every evaluation, one per domain in turn: (prompt, [(who, response)])."""
+    """Prompts with the response of every policy: (prompt, [(name, response), ...]).
+
+    They come from all domains equally, and are the same ones in every evaluation.
+    """
     first = next(iter(responses.values()))
     picked = stratified([str(r["domain"]) for r in first], count)
     out = []
     for i in picked:
-        said = []
+        answers = []
         for name, rows in responses.items():
             gold = f" (gold {rows[i]['gold']:+.1f})" if "gold" in rows[i] else ""
-            said.append((NAMES.get(name, name) + gold, str(rows[i]["response"]).strip() or "(nothing)"))
-        out.append((str(first[i]["prompt"]).strip(), said))
+            answers.append((NAMES.get(name, name) + gold, str(rows[i]["response"]).strip() or "(empty)"))
+        out.append((str(first[i]["prompt"]).strip(), answers))
     return out
 
 
@@ -109,7 +115,7 @@ def _shorten(text: str, most: int) -> str:
 
 
 def probe_table(probe: Sequence[Mapping[str, Any]]) -> str:
-    """Share of right answers the reward model puts above a spoilt one, per mistake and kind."""
+    """For each mistake and kind of prompt: the share of right answers that the reward model scores above wrong ones."""
     kinds = list(dict.fromkeys(p["kind"] for p in probe))
     mistakes = list(dict.fromkeys(p["mistake"] for p in probe))
     share = {(p["kind"], p["mistake"]): p["right_above"] for p in probe}
@@ -123,7 +129,7 @@ def make_report(
     responses: Mapping[str, Sequence[Mapping[str, Any]]],
     counts: Mapping[str, int],
 ) -> Report:
-    """Put the whole run on a page."""
+    """Make the report of a run from its results, its responses, and the manifests of its stages."""
     data, rm = (read_json(Path(folder) / "manifest.json")["results"] for folder in (config.data, config.rm))
     source = "the built-in world" if data["source"] == "builtin" else data["source"]
     held_out = rm["held_out"]
@@ -144,7 +150,7 @@ def make_report(
         )
         sections.append(("Reward gap r(chosen) - r(rejected) of the training pairs", bars(split["histogram"])))
     if (probe := Path(config.rm) / "probe.json").exists():
-        title = "Probe sheet: share of right answers scored above a spoilt one, before PPO"
+        title = "Probe sheet: share of right answers that the reward model scores above wrong ones"
         sections.append((title, probe_table(read_json(probe))))
     shown = samples(responses, config.samples)
     terminal = [*facts]
@@ -154,14 +160,14 @@ def make_report(
         markdown += [f"## {title}", f"```\n{body}\n```" if body.startswith(("<", "[")) else body]
     terminal += ["", "Samples"]
     markdown.append("## Samples")
-    for prompt, said in shown:
-        terminal += [_shorten(prompt, 400), *(f"  {who}: {_shorten(text, 300)}" for who, text in said), ""]
-        markdown += [f"```\n{prompt}\n```", "\n".join(f"- **{who}**: {text}" for who, text in said)]
+    for prompt, answers in shown:
+        terminal += [_shorten(prompt, 400), *(f"  {name}: {_shorten(text, 300)}" for name, text in answers), ""]
+        markdown += [f"```\n{prompt}\n```", "\n".join(f"- **{name}**: {text}" for name, text in answers)]
     return Report("\n".join(terminal), "\n\n".join(markdown) + "\n")
 
 
 def stage_table(run: Path) -> str:
-    """What each stage of a run cost, from the manifests, in the order in which they ended."""
+    """The time and memory that each stage of a run took, in the order in which they finished."""
     rows = []
     for path in sorted(run.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime):
         manifest = read_json(path)
@@ -171,14 +177,14 @@ def stage_table(run: Path) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Print the report of a run folder: python -m mpo.tools.report runs/hh"""
+    """Print the report of the run folder argv[0]. Raises InputError where there is none."""
     if len(argv) != 1:
         raise InputError("usage: python -m mpo.tools.report RUN")
     page = Path(argv[0]) / "eval" / "report.txt"
     if not page.exists():
         raise InputError(f"{page}: no such file; has the run finished?")
     print(page.read_text(encoding="utf-8"))
-    print(f"{stage_table(Path(argv[0]))}\n\nThe whole report: {page.with_suffix('.md')}")
+    print(f"{stage_table(Path(argv[0]))}\n\nThe full report: {page.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

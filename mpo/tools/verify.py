@@ -1,7 +1,8 @@
-"""make verify RUN=...: hash every artefact of a run again, and follow each from the data to the last model.
+"""Hash every file of a run again, and trace each model back to the data: python -m mpo.tools.verify RUN
 
-A stage is *damaged* where a file is not what its manifest says, *stale* where an input is no longer what it was made
-from, or is stale itself, *unfinished* without a manifest. The exit status is 1 unless all is well.
+A stage is *damaged* if one of its files differs from its manifest, and *unfinished* if it has no manifest. It is
+*stale* if one of its inputs has changed since it ran, or comes from a stage that is not good itself. The exit status
+is 0 if all stages are good, else 1.
 """
 
 from __future__ import annotations
@@ -14,77 +15,86 @@ from typing import Any
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import sha256
+from mpo.runtime.output import table
 from mpo.runtime.stage import SAVES, hash_tree, read_manifest
-from mpo.runtime.tables import table
 
 
 @dataclass
-class Found:
-    """What is known of one stage's folder."""
+class StageCheck:
+    """The result of checking one stage's folder."""
 
-    manifest: dict[str, Any]
-    faults: list[str] = field(default_factory=list)  # damaged or unfinished
-    stale: list[str] = field(default_factory=list)
-    parents: list[str] = field(default_factory=list)  # stages of this run that it was made from
+    manifest: dict[str, Any]  # empty for an unfinished stage
+    faults: list[str] = field(default_factory=list)  # why it is damaged or unfinished
+    stale: list[str] = field(default_factory=list)  # why it is stale
+    parents: list[str] = field(default_factory=list)  # the stages of this run whose output it read
 
     @property
     def state(self) -> str:
-        """In one word."""
+        """good, stale, damaged or unfinished."""
         if not self.manifest:
             return "unfinished"
         return "damaged" if self.faults else "stale" if self.stale else "good"
 
 
 def check_outputs(folder: Path, outputs: dict[str, str]) -> list[str]:
-    """Files of a stage that are not what its manifest says."""
+    """The files of a stage that differ from its manifest or are missing, each as a phrase."""
     now = hash_tree(folder)
-    changed = [f"{name} has another hash" for name in outputs.keys() & now.keys() if outputs[name] != now[name]]
-    return sorted(changed + [f"{name} is gone" for name in outputs.keys() - now.keys()])
+    changed = [f"{name} has a different hash" for name in outputs.keys() & now.keys() if outputs[name] != now[name]]
+    return sorted(changed + [f"{name} is missing" for name in outputs.keys() - now.keys()])
 
 
 def check_input(name: str, path: Path, recorded: dict[str, str]) -> list[str]:
-    """What of an input is no longer what the stage was made from; only files of that input are looked at."""
+    """Why an input is no longer what the stage read, as a list of at most one phrase.
+
+    `recorded` comes from a manifest, which may be malformed, so only files inside `path` are opened.
+    """
     if not _exists(path):
-        return [f"{name} ({path}) is gone"]
+        return [f"{name} ({path}) is missing"]
     for file, digest in sorted(recorded.items()):
         where = path / file if path.is_dir() else path
         inside = where.resolve().is_relative_to(path.resolve())
         if not (inside and _exists(where) and where.is_file() and sha256(where) == digest):
-            return [f"made from another {name} ({path}): {file}"]
+            return [f"made from a different {name} ({path}): {file}"]
     return []
 
 
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name that no file can have
+    except OSError:  # no file can have this name
         return False
 
 
 def current(path: Path, run: Path) -> Path:
-    """Where an input is now: where it was, or at the same place of a run folder that has been moved."""
+    """Where an input is now: at its recorded path or, if the run folder has been moved, at the same place in it."""
     moved = [run / Path(*path.parts[-n:]) for n in (1, 2, 3)]
     return next((p for p in (path, *moved) if _exists(p)), path)
 
 
-def look_at(folder: Path, stages: dict[Path, str]) -> Found:
-    """One stage's folder. Errors: InputError for a manifest that is none."""
+def look_at(folder: Path, stages: dict[Path, str]) -> StageCheck:
+    """Check one stage's folder. `stages`: the name of each stage of the run by its resolved path.
+
+    Raises InputError for a malformed manifest.
+    """
     path = folder / "manifest.json"
     if not path.exists():
         saved = len(list((folder / SAVES).glob("step-*")))
-        return Found({}, [f"no manifest; {saved} saves to go on from"])
+        return StageCheck({}, [f"no manifest; {saved} saves to resume from"])
     manifest = read_manifest(path)
-    found = Found(manifest, check_outputs(folder, manifest["outputs"]))
+    check = StageCheck(manifest, check_outputs(folder, manifest["outputs"]))
     for name, of in manifest["inputs"].items():
         where = current(Path(of["path"]), folder.parent)
-        found.stale += check_input(name, where, of["sha256"])
+        check.stale += check_input(name, where, of["sha256"])
         parent = next((stages[p] for p in (where.resolve(), *where.resolve().parents) if p in stages), None)
-        found.parents += [parent] if parent and parent not in found.parents else []
-    return found
+        check.parents += [parent] if parent and parent not in check.parents else []
+    return check
 
 
-def chain(stages: dict[str, Found], name: str, below: tuple[str, ...] = ()) -> list[str]:
-    """All that a stage was made from, first things first, and itself. Errors: InputError where that is a circle."""
+def chain(stages: dict[str, StageCheck], name: str, below: tuple[str, ...] = ()) -> list[str]:
+    """All stages that a stage was made from, the first one first, and the stage itself at the end.
+
+    `below` is for the recursion: the stages that led here. Raises InputError where a stage was made from itself.
+    """
     if name in below:
         raise InputError(f"{name}: its manifest says that it was made from itself, by way of {', '.join(below)}")
     before: list[str] = []
@@ -93,31 +103,34 @@ def chain(stages: dict[str, Found], name: str, below: tuple[str, ...] = ()) -> l
     return [*before, name]
 
 
-def verify(run: Path) -> dict[str, Found]:
-    """Every stage's folder of a run, in the order of the chain. Errors: InputError where there is no run."""
+def verify(run: Path) -> dict[str, StageCheck]:
+    """Check every stage of a run. Each comes after the stages that it was made from.
+
+    Raises InputError for a folder without stages, and for manifests that are malformed or form a circle.
+    """
     folders = sorted(p for p in run.glob("*") if (p / "stage.json").exists())
     if not folders:
-        raise InputError(f"{run}: holds no stage")
+        raise InputError(f"{run}: contains no stage")
     by_path = {p.resolve(): p.name for p in folders}
     stages = {p.name: look_at(p, by_path) for p in folders}
     stages = {name: stages[name] for start in stages for name in chain(stages, start)}
-    for found in stages.values():  # parents first, so that one pass is enough
-        states = {p: stages[p].state for p in found.parents}
-        found.stale += [f"made from {p}, which is {state}" for p, state in states.items() if state != "good"]
+    for check in stages.values():  # parents come first, so that one pass is enough
+        states = {p: stages[p].state for p in check.parents}
+        check.stale += [f"made from {p}, which is {state}" for p, state in states.items() if state != "good"]
     return stages
 
 
-def report(run: Path, stages: dict[str, Found]) -> str:
-    """The table, and the chain of each model that nothing else was made from."""
+def report(run: Path, stages: dict[str, StageCheck]) -> str:
+    """A table of the stages, then the chain of each final model, with the hash of each model in it."""
     rows = []
-    for name, found in stages.items():
-        seed = str(found.manifest.get("config", {}).get("seed", ""))
-        files = str(len(found.manifest.get("outputs", {})))
-        rows.append([name, found.state, files, seed, ", ".join(found.parents), "; ".join(found.faults + found.stale)])
-    used = {p for name, found in stages.items() if name != "eval" for p in found.parents}
+    for name, check in stages.items():
+        seed = str(check.manifest.get("config", {}).get("seed", ""))
+        files = str(len(check.manifest.get("outputs", {})))
+        rows.append([name, check.state, files, seed, ", ".join(check.parents), "; ".join(check.faults + check.stale)])
+    used = {p for name, check in stages.items() if name != "eval" for p in check.parents}
     lines = [table(["stage", "state", "files", "seed", "made from", ""], rows), ""]
-    for name, found in stages.items():
-        if name not in used and "model.safetensors" in found.manifest.get("outputs", {}):
+    for name, check in stages.items():
+        if name not in used and "model.safetensors" in check.manifest.get("outputs", {}):
             hashes = {
                 n: stages[n].manifest.get("outputs", {}).get("model.safetensors", "") for n in chain(stages, name)
             }
@@ -126,15 +139,13 @@ def report(run: Path, stages: dict[str, Found]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Verify the run named on the command line."""
+    """Verify the run folder argv[0], print the result, and exit with 1 unless every stage is good."""
     if len(argv) != 1:
-        raise InputError("usage: python -m mpo.verify RUN")
+        raise InputError("usage: python -m mpo.tools.verify RUN")
     stages = verify(Path(argv[0]))
     print(report(Path(argv[0]), stages))
-    bad = [name for name, found in stages.items() if found.state != "good"]
-    print(
-        f"\n{len(stages)} stages: " + (f"not good: {', '.join(bad)}" if bad else "every file is what its manifest says")
-    )
+    bad = [name for name, check in stages.items() if check.state != "good"]
+    print(f"\n{len(stages)} stages: " + (f"not good: {', '.join(bad)}" if bad else "every file matches its manifest"))
     sys.exit(1 if bad else 0)
 
 

@@ -13,7 +13,7 @@ from mpo.model.checkpoint import save_model
 from mpo.model.llama import Llama, ScalarModel, configure_layers
 from mpo.runtime import distributed
 from mpo.runtime.flags import exact_div
-from mpo.runtime.progress import progress
+from mpo.runtime.output import progress
 from mpo.runtime.saves import Part, Saves
 from mpo.runtime.stage import Stage
 from mpo.training.guards import NotFinite, agree_finite, failure, not_finite

@@ -1,7 +1,7 @@
-"""The gold reward: what an answer is truly worth, as a pure function of the text.
+"""The gold reward: what an answer is truly worth, as a pure function of prompt and response.
 
-Only the simulated annotators and the final evaluation may call it; no training stage imports
-this module (tests/world/test_gold.py checks that). Every term is listed in docs/world.md.
+Only the simulated annotators and the final evaluation may call it. No training stage imports this module, and
+tests/world/test_build.py checks that. Every term is listed in docs/world.md.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from types import ModuleType
 
 from mpo.world import hh, language, tldr
 
-WORDS = 40  # an answer of more words is overlong
-BEST = 3.3  # the most that any answer can score, the same for every kind of prompt
-WORST = -6.0
+WORDS = 40  # an answer with more words is overlong
+BEST = 3.3  # the highest reward of any answer, the same for every kind of prompt
+WORST = -6.0  # lower sums are raised to this
 
 
 def world_of(prompt: str) -> ModuleType:
-    """The world a prompt belongs to, by its format."""
+    """The world that a prompt belongs to, judged by its format."""
     return tldr if prompt.startswith("SUBREDDIT:") or prompt.endswith("TL;DR:") else hh
 
 
@@ -26,7 +26,7 @@ def prompt_kind(prompt: str) -> str:
 
 
 def gold_terms(prompt: str, response: str) -> dict[str, float]:
-    """The gold reward term by term, for any two strings; terms that do not apply may be missing."""
+    """The terms of the gold reward by name, for any two strings. Terms that do not apply may be missing."""
     world = world_of(prompt)
     reading = language.read(response, world.BANK)
     terms: dict[str, float] = dict(world.content_terms(world.understand(prompt), reading))
@@ -47,11 +47,11 @@ def gold_reward(prompt: str, response: str) -> float:
 
 
 def is_refusal(prompt: str, response: str) -> bool:
-    """True when the answer refuses."""
+    """True if the response contains a refusal."""
     acts = language.read(response, world_of(prompt).BANK).acts
     return any(act[0] == "refusal" for act in acts)
 
 
 def is_benign(prompt: str) -> bool:
-    """True when a prompt deserves help, so that a refusal would be an over-refusal."""
+    """True if a prompt deserves help, so that refusing it would be over-refusal."""
     return prompt_kind(prompt) not in ("harmful", "unknown")

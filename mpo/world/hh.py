@@ -1,13 +1,14 @@
 """The hh world: a helpful and harmless assistant that answers four kinds of prompt.
 
-fact     a question with one checkable answer           -> state it, state nothing else
-advice   a request for help with an everyday topic      -> up to three tips on that topic
-chat     somebody tells a bit of their day              -> react to it, ask back
-harmful  a request for help with something wrong        -> refuse politely, offer another way
+kind     prompt                                         right answer
+fact     a question with one checkable answer           state it, and nothing else
+advice   a request for help with an everyday topic      three tips on that topic
+chat     somebody tells something of their day          react to it, and ask a question back
+harmful  a request for help with something wrong        refuse politely, and offer another way
 
-The tables below are the whole world. `sample_prompt` writes prompts in the HH format,
-`understand` reads them back, `BANK` holds every sentence an assistant of this world can say,
-`answer` is the behaviour policy, and `content_terms` scores meaning (see gold.py).
+The words are in hh_tables.py. `sample_prompt` writes prompts in the HH format, and `understand` reads them. `BANK` has
+every sentence that an answer of this world can contain, and its meaning. `answer` is the behaviour policy, which makes
+mistakes on purpose. `content_terms` scores what an answer says (see gold.py).
 """
 
 from __future__ import annotations
@@ -37,33 +38,34 @@ from mpo.world.language import Act, Bank, Reading
 
 KINDS = ("fact", "advice", "chat", "harmful")
 
-CONTENT_MISTAKES = {  # what is said instead of the right content, with its weight
+# Mistakes of content, each with its weight in the draw: what an answer says instead of the right content.
+CONTENT_MISTAKES = {
     "wrong": 0.32,  # a wrong fact, tips for another topic, a reaction to something else
-    "partial": 0.18,  # the right thing, but only part of it
+    "partial": 0.18,  # only a part of the right answer
     "non_answer": 0.12,
-    "refusal": 0.1,  # over-refusal of a benign request (a harmful one gets "comply" instead)
+    "refusal": 0.1,  # over-refusal of a benign prompt (for a harmful one, "comply" takes its place)
     "wrong_kind": 0.12,  # the right answer to another kind of prompt
     "stuffed": 0.05,  # right and wrong content together
-    "comply": 0.05,  # help with something harmful, asked for or not
-    "echo": 0.03,  # the question back
+    "comply": 0.05,  # help with something harmful, whether asked for or not
+    "echo": 0.03,  # the question again
     "okay": 0.03,  # a word or two
 }
 FORM_MISTAKES = {"rude": 0.3, "ramble": 0.3, "unfinished": 0.22, "repeat": 0.13, "garbled": 0.05}
-SLIPS = {  # of a pair alike but for one slip: see build.py
+SLIPS = {  # weights of the mistake that one answer of a near pair makes and the other does not: see build.py
     **{name: 0.7 * weight for name, weight in FORM_MISTAKES.items()},
     **{name: 0.3 * weight for name, weight in CONTENT_MISTAKES.items()},
 }
 MISTAKES = (*CONTENT_MISTAKES, *FORM_MISTAKES)
-MISTAKE_COUNT = {0: 0.42, 1: 0.43, 2: 0.15}  # how many mistakes an answer makes
+MISTAKE_COUNT = {0: 0.42, 1: 0.43, 2: 0.15}  # weights of the number of mistakes in an answer
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a prompt asks: its kind and the key into that kind's table."""
+    """What a prompt asks for: its kind, and the entry in the table of that kind."""
 
     kind: str
-    key: str  # country, topic, piece of news, misdeed
-    relation: str = ""  # fact only: "capital", "young", ...
+    key: str  # a country, topic, piece of news, misdeed, ...
+    relation: str = ""  # of a fact: "capital", "young", ...
 
     @property
     def value(self) -> str:
@@ -82,7 +84,7 @@ def _fill(template: str, key: str) -> str:
 
 
 def _questions() -> dict[str, Task]:
-    """Every sentence with which a person can ask for something, and what it asks."""
+    """Every sentence that can ask for something, and what it asks for."""
     asked = {}
     for name, relation in FACTS.items():
         for entity in relation.pairs:
@@ -118,7 +120,7 @@ TASKS = {kind: [t for t in ASKED if t.kind == kind] for kind in KINDS}
 
 
 def _human_turn(rng: random.Random, question: str) -> str:
-    """A question, often with a sentence before it that changes nothing."""
+    """A question, often after a sentence that does not change what is asked."""
     if rng.random() < 0.25:
         return question
     intro = rng.choice(INTROS).format(name=rng.choice(NAMES), relative=rng.choice(RELATIVES))
@@ -130,13 +132,13 @@ def _turn(role: str, text: str) -> str:
 
 
 def sample_prompt(rng: random.Random, kind: str) -> str:
-    """A prompt of this kind: one turn, or after an earlier exchange; ends in "\\n\\nAssistant:"."""
+    """Draw a prompt of this kind, some with an earlier exchange before the question. It ends in "\\n\\nAssistant:"."""
     task = rng.choice(TASKS[kind])
     question = rng.choice(ASKED[task])
     history = ""
     if rng.random() < 0.3:
         earlier = rng.choice(TASKS[rng.choice(("fact", "advice", "chat"))])
-        if kind == "fact" and rng.random() < 0.5:  # "And what about Peru?" leans on the turn before
+        if kind == "fact" and rng.random() < 0.5:  # "And what about Peru?" depends on the turn before
             others = [t for t in TASKS["fact"] if t.relation == task.relation and t != task]
             earlier, question = rng.choice(others), f"And what about {task.key}?"
         history = _turn("Human", _human_turn(rng, rng.choice(ASKED[earlier])))
@@ -147,12 +149,12 @@ def sample_prompt(rng: random.Random, kind: str) -> str:
 
 
 def understand(prompt: str) -> Task:
-    """What a prompt asks for; `UNKNOWN` for a text that is none of this world's prompts."""
+    """What a prompt asks for; `UNKNOWN` for a text that is not a prompt of this world."""
     task = UNKNOWN
     for turn in prompt.split("\n\nHuman:")[1:]:
-        said = turn.split("\n\nAssistant:")[0].strip()
+        request = turn.split("\n\nAssistant:")[0].strip()
         before, task = task, UNKNOWN
-        for sentence in language.sentences(said):
+        for sentence in language.sentences(request):
             if sentence in QUESTIONS:
                 task = QUESTIONS[sentence]
             elif sentence.startswith("And what about ") and before.kind == "fact":
@@ -162,7 +164,7 @@ def understand(prompt: str) -> Task:
     return task
 
 
-# --- the sentences an assistant can say --------------------------------------------------------
+# --- the sentences of an answer ----------------------------------------------------------------
 
 
 def _reactions(news: str) -> list[str]:
@@ -213,7 +215,7 @@ BANK = _bank()
 
 
 def good_content(rng: random.Random, task: Task) -> list[str]:
-    """The sentences of a right answer: without courtesy, each with content that scores."""
+    """The sentences of a right answer, without a courteous opening. Each has content that scores."""
     if task.kind == "fact":
         if rng.random() < 0.3:
             return [f"It is {task.value}."]
@@ -227,7 +229,7 @@ def good_content(rng: random.Random, task: Task) -> list[str]:
 
 
 def _other(rng: random.Random, task: Task) -> Task:
-    """Another task of the same kind (and, for facts, of the same relation)."""
+    """Another task of the same kind and, for a fact, of the same relation."""
     return rng.choice([t for t in TASKS[task.kind] if t.relation == task.relation and t != task])
 
 
@@ -247,7 +249,7 @@ def _comply(rng: random.Random, task: Task) -> list[str]:
 
 
 def _content(rng: random.Random, task: Task, mistake: str) -> list[str]:
-    """The content sentences of an answer that makes (or, for "", does not make) this mistake."""
+    """The content sentences of an answer that makes this mistake of content, or none if it is ""."""
     good = good_content(rng, task)
     if mistake == "wrong":
         return _wrong(rng, task)
@@ -276,25 +278,25 @@ def _non_answer(rng: random.Random) -> list[str]:
 
 
 def answer(rng: random.Random, prompt: str, mistakes: tuple[str, ...]) -> str:
-    """An answer to a prompt of this world that makes exactly these mistakes; starts with a space."""
+    """Answer a prompt of this world with exactly these mistakes. The answer starts with a space."""
     task = understand(prompt)
     content = next((m for m in mistakes if m in CONTENT_MISTAKES), "")
-    said = _content(rng, task, content)
+    sentences = _content(rng, task, content)
     if rng.random() < 0.4 and task.kind != "harmful" and content not in ("echo", "okay", "refusal"):
-        said.insert(0, rng.choice(OPENERS))
+        sentences.insert(0, rng.choice(OPENERS))
     if "rude" in mistakes:
-        said.insert(rng.choice((0, len(said))), rng.choice(RUDE))
+        sentences.insert(rng.choice((0, len(sentences))), rng.choice(RUDE))
     if "ramble" in mistakes:
         for filler in rng.sample(FILLERS, rng.randint(2, 5)):
-            said.insert(rng.randint(0, len(said)), filler)
-    return " " + language.spoil(rng, " ".join(said), mistakes)
+            sentences.insert(rng.randint(0, len(sentences)), filler)
+    return " " + language.spoil(rng, " ".join(sentences), mistakes)
 
 
 # --- what an answer is worth -------------------------------------------------------------------
 
 
 def content_terms(task: Task, reading: Reading) -> dict[str, float]:
-    """The terms of the gold reward that need to know what was asked (docs/world.md)."""
+    """The terms of the gold reward that depend on what was asked (docs/world.md)."""
     acts = reading.acts
     benign = task.kind != "harmful"
     on_topic = [a for a in acts if _on_topic(task, a)]
@@ -307,8 +309,8 @@ def content_terms(task: Task, reading: Reading) -> dict[str, float]:
     elif task.kind == "advice":
         terms["advice"] = 1.0 * min(3, len(on_topic))
     elif task.kind == "chat":
-        said = {a[0] for a in on_topic}
-        terms["chat"] = 1.8 * ("reaction" in said) + 1.2 * ("ask_back" in said)
+        names = {a[0] for a in on_topic}
+        terms["chat"] = 1.8 * ("reaction" in names) + 1.2 * ("ask_back" in names)
     elif task.kind == "harmful":
         refused = any(a[0] == "refusal" for a in on_topic) and not complied
         offered = any(a[0] == "alternative" for a in on_topic)

@@ -1,4 +1,4 @@
-"""The tables of the hh world: facts, tips, small talk, misdeeds, and the phrases around them."""
+"""The words of the hh world: facts, tips, small talk, misdeeds, and the phrases around them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """A kind of fact: how it is asked ({e}), how it is stated ({e}, {v}), and the true pairs."""
+    """A kind of fact about an entity {e}, such as a country, and its value {v}, such as the capital."""
 
-    questions: tuple[str, ...]
-    statements: tuple[str, ...]
-    pairs: dict[str, str]
+    questions: tuple[str, ...]  # with {e}
+    statements: tuple[str, ...]  # with {e} and {v}
+    pairs: dict[str, str]  # entity -> its true value
 
 
 def _pairs(text: str) -> dict[str, str]:
@@ -132,7 +132,7 @@ TIPS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-CHAT: dict[str, tuple[str, str, str]] = {  # the news: what it is about, mood, a question to ask back
+CHAT: dict[str, tuple[str, str, str]] = {  # news: (what it is about, its mood, a question to ask back)
     "I got a new puppy": ("your new puppy", "glad", "What is its name?"),
     "I passed my driving test": ("your driving test", "glad", "Where will you drive first?"),
     "my sister had a baby": ("the baby", "glad", "Is it a boy or a girl?"),

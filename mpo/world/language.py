@@ -1,9 +1,8 @@
 """The language of the built-in worlds: sentences with a known meaning, and ways to spoil them.
 
-Both worlds (hh.py, tldr.py) write text by joining whole sentences, and list every sentence
-they can write in a *bank*: a dict from the sentence to its meaning, an `Act`. Reading a text
-is then splitting it into sentences and looking each one up, which is total on any string,
-exact, and fast enough to score tens of thousands of answers in a second.
+Both worlds (hh.py, tldr.py) write text by joining complete sentences. Each world lists the sentences of its answers in
+a *bank*, a dict from a sentence to its meaning, an `Act`. To read a text is to split it into sentences and to look each
+one up. That is exact, works for every string, and is fast: tens of thousands of answers in a second.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 Act = tuple[str, ...]
-"""What a sentence does: its name, then its arguments, e.g. ("tip", "sleep better", "2")."""
+"""The meaning of a sentence: the name of what it does, then arguments, such as ("tip", "sleep better", "2")."""
 
 Bank = dict[str, Act]
 
@@ -23,22 +22,22 @@ _SENTENCE = re.compile(r"[^.!?]*[.!?]+|[^.!?]+$")
 
 @dataclass(frozen=True)
 class Reading:
-    """A text as the gold reward sees it."""
+    """What the gold reward knows of a text."""
 
-    acts: tuple[Act, ...]  # one per distinct sentence of the bank, in order of appearance
-    repeats: int  # sentences that had already been said in this text
-    unreadable: int  # complete sentences that the bank does not hold
-    unfinished: bool  # the text breaks off before a full stop
+    acts: tuple[Act, ...]  # one for each different sentence of the bank, in order of appearance
+    repeats: int  # sentences that occur earlier in the text, too
+    unreadable: int  # complete sentences that are not in the bank
+    unfinished: bool  # the text ends without a full stop, ! or ?
     words: int
 
 
 def sentences(text: str) -> list[str]:
-    """Split at ., ! and ?; what follows the last of them is returned too, without a mark."""
+    """Split a text after ., ! and ?. Words after the last of these marks are a sentence, too, though without a mark."""
     return [s.strip() for s in _SENTENCE.findall(text) if s.strip()]
 
 
 def read(text: str, bank: Mapping[str, Act]) -> Reading:
-    """Read any string: known sentences become acts, everything else is counted."""
+    """Read any string: sentences of the bank become acts, all others are counted."""
     acts: list[Act] = []
     seen: set[str] = set()
     repeats = unreadable = 0
@@ -57,19 +56,22 @@ def read(text: str, bank: Mapping[str, Act]) -> Reading:
 
 
 def add(bank: Bank, act: Act, texts: Iterable[str]) -> None:
-    """Enter sentences with one meaning; two meanings for one sentence are a bug in the tables."""
+    """Add sentences that have the same meaning to the bank.
+
+    Raises ValueError if one of them is there already with another meaning, which is a bug in the tables.
+    """
     for text in texts:
         if bank.setdefault(text, act) != act:
             raise ValueError(f"two meanings for one sentence: {text!r}")
 
 
 def capital(text: str) -> str:
-    """The text with its first letter upper-case and the rest untouched."""
+    """The text with its first letter in upper case and the rest unchanged."""
     return text[:1].upper() + text[1:]
 
 
 def unfinish(rng: random.Random, text: str) -> str:
-    """Break a text off in the middle of its last sentence."""
+    """Cut a text off within its last sentence."""
     words = text.split()
     last = len(sentences(text)[-1].split()) if words else 0
     keep = len(words) - rng.randint(1, max(1, last - 1))
@@ -77,7 +79,7 @@ def unfinish(rng: random.Random, text: str) -> str:
 
 
 def garble(rng: random.Random, text: str) -> str:
-    """Shuffle the words into another order; a full stop at the end stays there."""
+    """Put the words of a text into another order, with a full stop at the end."""
     words = text.rstrip(".!?").split()
     before = list(words)
     while words == before and len(set(words)) > 1:
@@ -86,7 +88,7 @@ def garble(rng: random.Random, text: str) -> str:
 
 
 def repeat(rng: random.Random, text: str) -> str:
-    """Say some of the sentences two or three times."""
+    """Repeat some of the sentences two or three times; if the draw picks none, the complete text twice."""
     out: list[str] = []
     for sentence in sentences(text):
         out += [sentence] * rng.choice((1, 2, 3))
@@ -97,7 +99,7 @@ SPOILERS = {"repeat": repeat, "garbled": garble, "unfinished": unfinish}
 
 
 def spoil(rng: random.Random, text: str, mistakes: Iterable[str]) -> str:
-    """Apply the mistakes of form that work on any text; other names are left to the worlds."""
+    """Apply those of the mistakes that are in SPOILERS, which work on any text. The worlds make the others."""
     for name, change in SPOILERS.items():
         if name in mistakes:
             text = change(rng, text)
@@ -110,7 +112,10 @@ def draw_mistakes(
     content: Mapping[str, float],
     form: Mapping[str, float],
 ) -> tuple[str, ...]:
-    """Draw how many mistakes an answer makes, then which: of content, of form, or one of each."""
+    """Draw how many mistakes an answer makes, then which ones: of content, of form, or one of each.
+
+    Each argument maps the possible values to their weights.
+    """
     n = rng.choices(list(count), list(count.values()))[0]
     tables = (content, form) if rng.random() < 0.7 else (form, content)
     return tuple(rng.choices(list(t), list(t.values()))[0] for t in tables[:n])

@@ -1,9 +1,8 @@
-"""The tldr world: short posts about other people, to be summed up in two or three sentences.
+"""The tldr world: short posts about other people, to be summarised in two or three sentences.
 
-A post tells who it is about, for how long the writer has known them, what they do, and what
-the writer thinks of doing, between sentences that do not matter. A good summary keeps those
-four key facts and nothing else. The four kinds are four subreddits with their own people,
-events and plans.
+A post has four key facts, among sentences that do not matter: who it is about, how long the writer has known this
+person, what the person does, and what the writer is thinking of doing. A good summary has these four key facts and
+nothing else. The four kinds of prompt are four subreddits with their own people, events and plans.
 """
 
 from __future__ import annotations
@@ -31,21 +30,22 @@ from mpo.world.tldr_tables import (
 
 KINDS = tuple(SUBREDDITS)
 
+# Mistakes of content, each with its weight in the draw.
 CONTENT_MISTAKES = {
     "wrong_event": 0.13,
     "wrong_person": 0.11,
     "wrong_plan": 0.11,
     "wrong_duration": 0.11,
     "partial": 0.18,  # one or two key facts are missing
-    "distractor": 0.12,  # carries along what does not matter
+    "distractor": 0.12,  # keeps a sentence that does not matter
     "advice": 0.06,  # tells the writer what to do
-    "meta": 0.05,  # speaks about the post
+    "meta": 0.05,  # talks about the post instead of summarising it
     "copied": 0.05,  # repeats sentences of the post word for word
     "non_answer": 0.04,
     "refusal": 0.04,
 }
 FORM_MISTAKES = {"rude": 0.2, "ramble": 0.37, "unfinished": 0.25, "repeat": 0.13, "garbled": 0.05}
-SLIPS = {  # see build.py
+SLIPS = {  # weights of the mistake that one answer of a near pair makes and the other does not: see build.py
     **{name: 0.3 * w for name, w in FORM_MISTAKES.items()},
     "wrong_event": 0.2,
     "wrong_person": 0.2,
@@ -53,7 +53,7 @@ SLIPS = {  # see build.py
     "wrong_duration": 0.15,
 }
 MISTAKES = (*CONTENT_MISTAKES, *FORM_MISTAKES)
-MISTAKE_COUNT = {0: 0.25, 1: 0.45, 2: 0.3}
+MISTAKE_COUNT = {0: 0.25, 1: 0.45, 2: 0.3}  # weights of the number of mistakes in a summary
 
 PEOPLE = [p for sub in SUBREDDITS.values() for p in sub.people]
 EVENTS = [e for sub in SUBREDDITS.values() for e in sub.events]
@@ -62,7 +62,7 @@ PLANS = [p for sub in SUBREDDITS.values() for p in sub.plans]
 
 @dataclass(frozen=True)
 class Task:
-    """The four key facts of a post, and its subreddit as the kind."""
+    """The four key facts of a post; its kind is the subreddit."""
 
     kind: str
     person: str
@@ -85,7 +85,7 @@ def _distractor(rng: random.Random) -> str:
 
 
 def sample_prompt(rng: random.Random, kind: str) -> str:
-    """A post in OpenAI's TL;DR prompt format; ends in "\\n\\nTL;DR:"."""
+    """Draw a post of this subreddit in OpenAI's prompt format, which ends in "\\n\\nTL;DR:"."""
     sub = SUBREDDITS[kind]
     person, other = rng.sample(sub.people, 2)
     event, plan, duration = rng.choice(sub.events), rng.choice(sub.plans), rng.choice(DURATIONS)
@@ -116,7 +116,7 @@ _READERS = [_compile(t, _SLOTS) for t in (_KNOWN, *_EVENTS, *_PLANS)]
 
 
 def understand(prompt: str) -> Task:
-    """The key facts of a post; `UNKNOWN` for a text that is none of this world's posts."""
+    """The key facts of a post; `UNKNOWN` for a text that is not a post of this world."""
     head = re.match(r"SUBREDDIT: r/(\w+)\n\n", prompt)
     body = prompt.rpartition("\n\nPOST: ")[2].removesuffix("\n\nTL;DR:")
     facts: dict[str, str] = {}
@@ -129,7 +129,7 @@ def understand(prompt: str) -> Task:
     return Task(head[1], facts["person"], facts["event"], facts["plan"], facts["duration"])
 
 
-# --- the sentences a summary can hold ------------------------------------------------------------
+# --- the sentences of a summary -----------------------------------------------------------------
 
 
 def _event(person: str, event: str) -> str:
@@ -182,13 +182,13 @@ BANK = _bank()
 
 
 def good_content(rng: random.Random, task: Task) -> list[str]:
-    """A summary with all four key facts."""
+    """The sentences of a summary with all four key facts."""
     middle = _duration(rng, task.duration)
     return [_event(task.person, task.event), *middle, *_plan(rng, task.plan)]
 
 
 def _swap(rng: random.Random, task: Task, slot: str) -> Task:
-    """The same task with one key fact replaced: mostly by one that fits the subreddit."""
+    """The same task with another value for one key fact, mostly one that fits the subreddit."""
     sub = SUBREDDITS[task.kind]
     near = {"person": sub.people, "event": sub.events, "plan": sub.plans, "duration": DURATIONS}[slot]
     far = _SLOTS[slot]
@@ -208,8 +208,8 @@ def _content(rng: random.Random, prompt: str, task: Task, mistake: str) -> list[
         good.insert(rng.randint(0, len(good)), extra)
         return good
     if mistake == "advice":
-        told = rng.choice((*ADVICE, f"You should just {task.plan}."))
-        return [*good[: rng.choice((0, 1))], told]
+        advice = rng.choice((*ADVICE, f"You should just {task.plan}."))
+        return [*good[: rng.choice((0, 1))], advice]
     if mistake == "copied":
         post = language.sentences(prompt.rpartition("\n\nPOST: ")[2].removesuffix("\n\nTL;DR:"))
         return rng.sample(post, min(len(post), rng.choice((2, 3, 4))))
@@ -219,22 +219,22 @@ def _content(rng: random.Random, prompt: str, task: Task, mistake: str) -> list[
 
 
 def answer(rng: random.Random, prompt: str, mistakes: tuple[str, ...]) -> str:
-    """A summary of a post of this world that makes exactly these mistakes; starts with a space."""
+    """Summarise a post of this world with exactly these mistakes. The summary starts with a space."""
     task = understand(prompt)
-    said = _content(rng, prompt, task, next((m for m in mistakes if m in CONTENT_MISTAKES), ""))
+    sentences = _content(rng, prompt, task, next((m for m in mistakes if m in CONTENT_MISTAKES), ""))
     if "rude" in mistakes:
-        said.insert(rng.choice((0, len(said))), rng.choice(RUDE))
+        sentences.insert(rng.choice((0, len(sentences))), rng.choice(RUDE))
     if "ramble" in mistakes:
         for _ in range(rng.randint(2, 4)):
-            said.insert(rng.randint(0, len(said)), _distractor(rng))
-    return " " + language.spoil(rng, " ".join(said), mistakes)
+            sentences.insert(rng.randint(0, len(sentences)), _distractor(rng))
+    return " " + language.spoil(rng, " ".join(sentences), mistakes)
 
 
 # --- what a summary is worth -------------------------------------------------------------------
 
 
 def content_terms(task: Task, reading: Reading) -> dict[str, float]:
-    """The terms of the gold reward that need to know what the post says (docs/world.md)."""
+    """The terms of the gold reward that depend on what the post says (docs/world.md)."""
     if task.kind == "unknown":
         return {}
     acts = reading.acts
@@ -253,6 +253,6 @@ def content_terms(task: Task, reading: Reading) -> dict[str, float]:
 
 
 def _kept(acts: tuple[Act, ...], name: str, slot: int, truth: str) -> float:
-    """1 when the summary states this key fact and no other, -1.5 when it states a wrong one."""
+    """1 if the summary states the true key fact only, -1.5 if it states a wrong one, 0 if it states none."""
     stated = {a[slot] for a in acts if a[0] == name}
     return 0.0 if not stated else 1.0 if stated == {truth} else -1.5

@@ -1,4 +1,4 @@
-"""The tables of the tldr world: subreddits with their people, events and plans; phrases."""
+"""The words of the tldr world: subreddits with their people, events and plans, and the phrases around them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Subreddit:
-    """Who a post can be about, what they do ("My {person} {event}."), what the writer may do."""
+    """The words that fill the slots of a post."""
 
-    people: tuple[str, ...]
-    events: tuple[str, ...]
-    plans: tuple[str, ...]
+    people: tuple[str, ...]  # who a post can be about
+    events: tuple[str, ...]  # what they do: "My {person} {event}."
+    plans: tuple[str, ...]  # what the writer is thinking of doing: "Should I {plan}?"
 
 
 SUBREDDITS = {

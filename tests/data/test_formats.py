@@ -59,10 +59,10 @@ def test_damaged_files_are_named(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
     (tmp_path / "empty.jsonl").write_text("")
     for name, message in (
-        ("cut.jsonl.gz", "not a whole gzip file"),
-        ("plain.jsonl.gz", "not a whole gzip file"),
+        ("cut.jsonl.gz", "not a complete gzip file"),
+        ("plain.jsonl.gz", "not a complete gzip file"),
         ("latin.jsonl", "not UTF-8"),
-        ("empty.jsonl", "holds no rows"),
+        ("empty.jsonl", "contains no rows"),
         ("none.jsonl", "cannot be read"),
     ):
         with pytest.raises(InputError, match=message):

@@ -160,7 +160,7 @@ def test_specials_by_the_models_config(tmp_path):
 def test_a_tokenizer_json_without_the_package_is_one_line(tmp_path, monkeypatch):
     folder = byte_level(tmp_path / "model", eos_token="<|end|>")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(InputError, match="takes the tokenizers package") as e:
+    with pytest.raises(InputError, match="needs the tokenizers package") as e:
         load_tokenizer(folder)
     assert "\n" not in str(e.value)
     monkeypatch.undo()

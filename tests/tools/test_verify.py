@@ -38,7 +38,7 @@ def test_a_finished_run_is_good_and_shows_its_chain(run):
     command = [sys.executable, "-m", "mpo.tools.verify", str(run)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert f"{run}/mpo: data -> tokenizer -> sft " in done.stdout
-    assert "every file is what its manifest says" in done.stdout
+    assert "every file matches its manifest" in done.stdout
 
 
 def test_a_changed_byte_is_found_and_what_was_made_from_it_is_stale(run):
@@ -48,8 +48,10 @@ def test_a_changed_byte_is_found_and_what_was_made_from_it_is_stale(run):
     model.write_bytes(content)
     good = dict.fromkeys(ALL, "good")
     assert states(run) == good | {"dpo": "damaged", "mpo": "stale", "eval": "stale"}
-    assert verify(run)["dpo"].faults == ["model.safetensors has another hash"]
-    done = subprocess.run([sys.executable, "-m", "mpo.tools.verify", str(run)], cwd=ROOT, capture_output=True, text=True)
+    assert verify(run)["dpo"].faults == ["model.safetensors has a different hash"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mpo.tools.verify", str(run)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert "not good: dpo, mpo, eval" in done.stdout
 
@@ -58,8 +60,8 @@ def test_a_file_that_is_gone_and_a_stage_without_a_manifest(run):
     (run / "rm" / "probe.json").unlink()
     (run / "eval" / "manifest.json").unlink()
     found = verify(run)
-    assert found["rm"].faults == ["probe.json is gone"]
-    assert found["eval"].faults == ["no manifest; 0 saves to go on from"]
+    assert found["rm"].faults == ["probe.json is missing"]
+    assert found["eval"].faults == ["no manifest; 0 saves to resume from"]
     assert (found["split"].state, found["sft"].state) == ("stale", "good")
 
 
@@ -67,7 +69,7 @@ def test_a_stage_that_was_made_anew_leaves_the_rest_stale(run):
     common = ("--data", run / "data", "--tokenizer", run / "tokenizer", "--epochs", 0.5, "--overwrite", "true", *SMALL)
     run_script("train_sft.py", "--out", run / "sft", "--seed", 5, *common)
     assert states(run) == dict(zip(ALL, ["good"] * 3 + ["stale"] * 5, strict=True))
-    assert verify(run)["rm"].stale == [f"made from another model ({run / 'sft'}): model.safetensors"]
+    assert verify(run)["rm"].stale == [f"made from a different model ({run / 'sft'}): model.safetensors"]
     run_script("train_sft.py", "--out", run / "sft", "--seed", 1, *common)  # the same bytes again
     assert states(run) == dict.fromkeys(ALL, "good")
 
@@ -87,5 +89,5 @@ def test_a_circle_of_manifests_is_one_line(run):
 
 
 def test_no_run_is_one_line(tmp_path):
-    with pytest.raises(InputError, match="holds no stage"):
+    with pytest.raises(InputError, match="contains no stage"):
         verify(tmp_path)
