@@ -1,8 +1,8 @@
-"""make ablate: a grid over variants and seeds, everything else the same; a row, a table, a figure.
+"""make ablate: train and evaluate variants that differ in one thing, on several seeds; writes a table and a figure.
 
 make ablate                                   every preference loss, three seeds
 make ablate GRID=estimators                   one of the grids below
-make ablate VARY=PPO_FLAGS VALUES="--clip 0.1,--clip 0.3" POLICY=mpo    any make variable
+make ablate VARY=PPO_FLAGS VALUES="--clip 0.1,--clip 0.3" POLICY=mpo    the values of any make variable
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_text
 from mpo.runtime.flags import parse
-from mpo.runtime.tables import interval, percent, table
+from mpo.runtime.output import interval, percent, table
 
 Variables = dict[str, str]
 
-# Constants for losses on another scale than log-ratios summed over tokens: means per token are some
-# twenty times smaller, so that beta has to be as much larger.
+# Most losses use log-ratios summed over a response's tokens. These use means over its tokens, which are about twenty
+# times smaller, so their beta is larger in proportion.
 LOSS_FLAGS = {"ipo_mean": "ipo_mean:beta=10", "simpo": "simpo:beta=10"}
 
-# name -> (the policy that is trained, {variant: make variables}); the first variant is what others are compared to
+# Name of a grid -> (the policy to train, {variant: make variables}). The first variant is the baseline.
 GRIDS: dict[str, tuple[str, dict[str, Variables]]] = {
     "losses": ("dpo", {name: {"LOSS": LOSS_FLAGS.get(name, name)} for name in PREFERENCE_LOSSES if name != "sft"}),
     "sums": ("dpo", {loss: {"LOSS": loss} for loss in ("sigmoid", "sigmoid+0.1*sft", "0.8*sigmoid+0.2*bco_pair+sft")}),
@@ -83,18 +83,18 @@ GRIDS: dict[str, tuple[str, dict[str, Variables]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AblateConfig:
-    """A grid over variants and seeds; a row a finished cell, then a table and a figure."""
+    """Compare variants over seeds. Each finished cell adds a row; at the end come a table and a figure."""
 
-    grid: str = "losses"  # one of the grids of experiments/ablate.py; ignored with --vary
-    vary: str = ""  # a make variable, such as LOSS or PPO_FLAGS, to vary instead
+    grid: str = "losses"  # a grid of experiments/ablate.py; ignored with --vary
+    vary: str = ""  # instead of a grid: the make variable to vary, such as LOSS
     values: str = ""  # its values, separated by commas
-    policy: str = ""  # the policy to train; as the grid says where empty
-    task: Literal["hh", "tldr"] = "hh"  # which world
+    policy: str = ""  # the policy to train; empty: the grid's own
+    task: Literal["hh", "tldr"] = "hh"  # which built-in world
     seeds: str = "1,2,3"  # separated by commas
     make: str = ""  # further make variables for every cell, separated by semicolons: QUICK=1;DPO_FLAGS=--lr 1e-4
     prompts: int = 400  # held-out prompts of the evaluation
-    jobs: int = 0  # runs at a time; 0: one a core
-    out: str = "runs/ablate"  # where runs, rows, table and figure go
+    jobs: int = 0  # run folders at a time; 0: one for each core
+    out: str = "runs/ablate"  # folder for runs, rows, table and figure
 
 
 def variants_of(config: AblateConfig) -> tuple[str, str, dict[str, Variables]]:
@@ -102,7 +102,7 @@ def variants_of(config: AblateConfig) -> tuple[str, str, dict[str, Variables]]:
     if config.vary:
         values = [v.strip() for v in config.values.split(",") if v.strip()]
         if len(values) < 2:
-            raise InputError(f"--values {config.values!r}: expected two or more values of {config.vary}, by commas")
+            raise InputError(f"--values {config.values!r}: expected two or more values, separated by commas")
         return config.vary, config.policy or "dpo", {value: {config.vary: value} for value in values}
     if config.grid not in GRIDS:
         raise InputError(f"--grid {config.grid}: expected one of {', '.join(GRIDS)}, or --vary")
@@ -112,17 +112,17 @@ def variants_of(config: AblateConfig) -> tuple[str, str, dict[str, Variables]]:
 
 def common_variables(text: str) -> Variables:
     """ "QUICK=1;DPO_FLAGS=--lr 1e-4" -> {"QUICK": "1", "DPO_FLAGS": "--lr 1e-4"}"""
-    found = {}
+    variables = {}
     for part in filter(None, text.split(";")):
         name, equals, value = part.partition("=")
         if not equals:
             raise InputError(f"--make {text}: expected VARIABLE=value;VARIABLE=value")
-        found[name.strip()] = value
-    return found
+        variables[name.strip()] = value
+    return variables
 
 
 def cells_of(config: AblateConfig) -> list[Cell]:
-    """All cells, seed by seed; the runs of a seed share every stage that does not differ."""
+    """All cells, seed by seed. The runs of one seed share every stage that does not differ."""
     grid, policy, variants = variants_of(config)
     common, out = common_variables(config.make), Path(config.out)
     cells = []
@@ -138,7 +138,7 @@ def cells_of(config: AblateConfig) -> list[Cell]:
 
 
 def shared_stages(cells: Sequence[Cell], common: Variables) -> None:
-    """Train what the runs of a seed share, up to the split, before they start."""
+    """Train the stages that the runs of each seed share, up to the split, before those runs start."""
     for source in dict.fromkeys(cell.source for cell in cells):
         cell = next(c for c in cells if c.source == source)
         base = Cell(cell.grid, cell.task, cell.seed, "", "split", source, "", common)
@@ -146,20 +146,20 @@ def shared_stages(cells: Sequence[Cell], common: Variables) -> None:
 
 
 def summary(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> str:
-    """The table: gold with its interval, the difference to the first variant, KL, form, collapses."""
+    """The table: gold, difference and win rate against the first variant, RM score, KL, length, EOS rate."""
     by_variant = {v: [r for r in rows if r["variant"] == v] for v in variants}
     by_variant = {v: mine for v, mine in by_variant.items() if mine}
     first, lines = next(iter(by_variant)), []
     reference = column(by_variant[first], "golds")
     for variant, mine in by_variant.items():
         golds = column(mine, "golds")
-        found = contrast(difference(golds, reference))
+        against_first = contrast(difference(golds, reference))
         lines.append(
             [
                 variant,
                 str(len(mine)),
                 interval(hierarchical_bootstrap(golds)),
-                "-" if variant == first else interval(found.interval),
+                "-" if variant == first else interval(against_first.interval),
                 "-" if variant == first else percent(hierarchical_bootstrap(win(golds, reference))),
                 f"{np.mean([r['reward'] for r in mine]):.2f}",
                 f"{np.mean([r['kl'] for r in mine]):.2f}",
@@ -172,7 +172,7 @@ def summary(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> str:
 
 
 def main(config: AblateConfig) -> int:
-    """Run what is missing; then print and write the table, and draw the figure."""
+    """Run the missing cells; then print and write the table, and draw the figure. Returns how many cells failed."""
     cells = cells_of(config)
     grid, _, variants = variants_of(config)
     results = Path(config.out) / f"{grid}-{config.task}.jsonl"

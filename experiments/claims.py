@@ -1,8 +1,8 @@
-"""make claims: run what is missing of the grids, then write docs/results.md from the result files.
+"""make claims: run the missing cells of every grid of the study, then write docs/results.md from the result files.
 
-python -m experiments.claims                    everything, from where it stopped
-python -m experiments.claims --grids main,page  only these: tune, main, noise, price, gamma, pushed, page
-python -m experiments.claims --reduced true     the same in minutes, with numbers that mean nothing
+python -m experiments.claims                    everything that is missing
+python -m experiments.claims --grids main,page  some of: tune, main, noise, price, gamma, pushed, page
+python -m experiments.claims --reduced true     everything at toy size, in minutes, with meaningless numbers
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ STEPS = (*GRIDS, "page")
 
 @dataclass(frozen=True, kw_only=True)
 class ClaimsConfig:
-    """Put the paper's claims to the test: tuning, main grid, sweeps, page."""
+    """Test the paper's claims: tuning, main grid, sweeps, page."""
 
-    grids: str = ",".join(STEPS)  # which of them, separated by commas
-    reduced: bool = False  # the smallest size at which everything runs
-    jobs: int = 0  # runs at a time; 0: one a core
+    grids: str = ",".join(STEPS)  # what to run, separated by commas
+    reduced: bool = False  # toy size: minutes, meaningless numbers
+    jobs: int = 0  # run folders at a time; 0: one for each core
 
 
 def tuning_cells(study: Study, task: str, method: str, settings: dict[str, str]) -> Iterator[Cell]:
-    """The trials of one method: runs that share all but its last stage, made once in the base run."""
+    """The trials of one method. They share all stages but the last, which are made once, in the base run."""
     base, first, prompts = study.base_run(task, study.tuning_seed), FIRST_STAGE.get(method, "sft"), study.prompts
     flags = study.make_variables(settings, first)
     yield Cell("tune", task, study.tuning_seed, "", first, base, "", flags, prompts)
@@ -45,14 +45,14 @@ def tuning_cells(study: Study, task: str, method: str, settings: dict[str, str])
 
 
 def tune(study: Study, jobs: int) -> int:
-    """Settle every method's settings, in each world: those of the trial with the most gold."""
+    """Choose every method's settings in each world: those of the trial with the highest gold. Returns failed cells."""
     results = study.results / "tune.jsonl"
     chosen: dict[str, dict[str, str]] = read_json(study.settings) if study.settings.exists() else {}
     for _, methods in groupby(TUNED, key=lambda m: (TUNED[m], m in FIRST_STAGE and TUNED[m] == "dpo")):
         settings = {task: chosen.get(task, {}) for task in study.tasks}
         todo = [(task, m) for m, task in product(methods, study.tasks) if m not in settings[task]]
         cells = [c for task, m in todo for c in tuning_cells(study, task, m, settings[task])]
-        firsts = {c.key: c for c in cells if not c.source}  # before the runs that share them
+        firsts = {c.key: c for c in cells if not c.source}  # they run before the cells that share them
         bases = list({c.run: c for c in firsts.values()}.values())
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(lambda c: make(c, "policy-split", ROOT / c.run / "logs" / "split.log"), bases))
@@ -69,9 +69,9 @@ def tune(study: Study, jobs: int) -> int:
 
 
 def grid_cells(study: Study, grid: str) -> list[Cell]:
-    """All cells of one grid, seed by seed, so that an unfinished grid has whole seeds."""
+    """All cells of one grid, seed by seed, so that an interrupted grid has complete seeds."""
     if not study.settings.exists():
-        raise InputError(f"{study.settings}: no such file; settle the settings first: --grids tune")
+        raise InputError(f"{study.settings}: no such file; run the tuning first: --grids tune")
     tuned: dict[str, dict[str, str]] = read_json(study.settings)
     cells = []
 
@@ -105,7 +105,7 @@ def grid_cells(study: Study, grid: str) -> list[Cell]:
 
 
 def main(config: ClaimsConfig) -> int:
-    """Run the named grids in order; returns how many cells failed."""
+    """Run the named grids in order; returns the number of cells that failed."""
     named = [g.strip() for g in config.grids.split(",")]
     if unknown := set(named) - set(STEPS):
         raise InputError(f"--grids {config.grids}: {sorted(unknown)[0]!r} is not one of {', '.join(STEPS)}")

@@ -1,34 +1,51 @@
-"""The figures, where matplotlib is installed (an optional extra); without it there are tables only."""
+"""The figures, drawn where matplotlib (an optional extra) is installed. Without it there are tables only.
+
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart. Markers and dashes differ as well,
+and each line has its name beside its end.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from experiments.statistics import Contrast, column, hierarchical_bootstrap
 
 Rows = Sequence[Mapping[str, Any]]
 Points = Sequence[tuple[float, float]]
+Stages = Sequence[Points]  # the path of a policy, a list of points for each stage
 
-COLOURS = {
-    "sft": "#777777",
-    "dpo": "#1b6ca8",
-    "dpo-all": "#62b0e8",
-    "dpo-all-long": "#62b0e8",
-    "dpo-long": "#1b6ca8",
-    "dpo-hard": "#8c6bb1",
-    "ppo": "#e08214",
-    "ppo-hard": "#b35806",
-    "ppo-long": "#e08214",
-    "mpo": "#1a9850",
-    "dpo-ppo": "#d6604d",
-    "reversed": "#999933",
-    "mixed": "#cc6677",
+DPI = 110
+FAINT = 0.2  # opacity of single seeds, which names may cover
+BLACK, GREY, BLUE, SKY, ORANGE, RED = "#000000", "#777777", "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
+
+
+class Style(NamedTuple):
+    """How a line is drawn."""
+
+    colour: str
+    marker: str
+    dashes: Any
+
+
+STYLES = {
+    "mpo": Style(BLACK, "o", "-"),
+    "dpo": Style(BLUE, "s", (0, (6, 1.5))),
+    "dpo-all": Style(SKY, "^", (0, (6, 1.5, 1, 1.5))),
+    "ppo": Style(ORANGE, "D", (0, (2.5, 1.5))),
+    "dpo-ppo": Style(RED, "v", (0, (1, 1))),
 }
+
+
+def style_of(method: str) -> Style:
+    """A method's style. A longer run of a method has the same style: ppo-long that of ppo."""
+    return STYLES.get(method.removesuffix("-long"), Style(GREY, "x", "-"))
 
 
 def available() -> bool:
@@ -36,24 +53,108 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _axes(columns: int, width: float = 4.6, height: float = 3.6, rows: int = 1) -> tuple[Any, Any]:
+# --- panels, and the names of their lines ----------------------------------------------------------
+
+
+class End(NamedTuple):
+    """A point of a line, usually the last, that the line's name is written beside."""
+
+    name: str
+    x: float
+    y: float
+    colour: str
+
+
+def _panels(columns: int, width: float = 4.6, height: float = 3.6, rows: int = 1) -> tuple[Any, Any]:
+    """A figure, and its panels (rows, columns)."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
-    plt.rcParams.update(style | {"legend.frameon": False, "figure.constrained_layout.use": True})
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
-    return figure, axes[0] if rows == 1 else axes
+    plt.rcParams.update(style | {"legend.frameon": False, "figure.constrained_layout.use": True, "figure.dpi": DPI})
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Any, path: Path, ends: Sequence[tuple[Any, Sequence[End]]] = ()) -> None:
+    """Write the names of each panel's lines, then the figure."""
     import matplotlib.pyplot as plt
 
+    figure.draw_without_rendering()  # settles the layout, so that names can be placed by the pixel
+    figure.set_layout_engine("none")
+    for axis, ends_of_panel in ends:
+        _name_lines(axis, ends_of_panel)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, metadata={"Software": None})
     plt.close(figure)
+
+
+def _ink(axis: Any) -> NDArray[np.float64]:
+    """(N, 2): the pixels, a few apart, of all lines and error bars of a panel but the faint ones."""
+    lines = [np.asarray(line.get_xydata()) for line in axis.lines if line.get_alpha() != FAINT]
+    for bars in axis.collections:
+        lines += bars.get_segments() if hasattr(bars, "get_segments") else []
+    dense = [np.empty((0, 2))]
+    for line in lines:
+        at = axis.transData.transform(line)
+        dense.append(at)
+        for a, b in itertools.pairwise(at):
+            dense.append(a + (b - a) * np.linspace(0, 1, 2 + int(np.hypot(*(b - a)) / 3))[:, None])
+    return np.concatenate(dense)
+
+
+def _name_lines(axis: Any, ends: Sequence[End]) -> None:
+    """Write each name as close to its end as it can be without covering a line or another name."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patheffects import withStroke
+
+    ink, frame = _ink(axis), axis.get_window_extent()
+    low, high = np.asarray((frame.x0, frame.y0)), np.asarray((frame.x1 + 8, frame.y1 + 8))
+    taken: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []  # corners of the names so far
+    around = np.linspace(0, 2 * np.pi, 24, endpoint=False)  # to the right first
+    points = axis.transData.transform([(end.x, end.y) for end in ends])
+
+    def cost(away: float, corner: NDArray[np.float64], opposite: NDArray[np.float64], others: Any) -> float:
+        outside = (corner < low).any() or (opposite > high).any()
+        on_name = any((corner < b).all() and (opposite > a).all() for a, b in taken)
+        covered = ((ink > corner) & (ink < opposite)).all(1).sum()
+        mistakable = ((others > corner - 8) & (others < opposite + 8)).all(1).any()  # for the name of another line
+        return away + 10 * covered + 100 * mistakable + 1e4 * (outside or on_name)
+
+    for end, at in zip(ends, points, strict=True):
+        if not frame.contains(*at):
+            continue
+        look = {"ha": "center", "va": "center", "multialignment": "left", "fontsize": 8}
+        others = points[np.abs(points - at).max(1) > 1]
+        trial = axis.text(end.x, end.y, end.name, **look)
+        extent = trial.get_window_extent()
+        trial.remove()
+        size = np.asarray((extent.width + 4, extent.height + 2))
+        places: list[tuple[float, int, float, NDArray[np.float64]]] = []
+        for away in (9.0, 13.0, 18.0, 26.0, 36.0, 48.0, 60.0):
+            for angle in around:
+                move = np.asarray((np.cos(angle), np.sin(angle))) * (size / 2 + away)
+                total = cost(away, at + move - size / 2, at + move + size / 2, others)
+                places.append((total, len(places), away, move))
+        _, _, away, move = min(places)
+        taken.append((at + move - size / 2, at + move + size / 2))
+        colour = [0.7 * c for c in to_rgb(end.colour)]  # dark enough to be read as text
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
+        axis.annotate(
+            end.name,
+            (end.x, end.y),
+            72 / DPI * move,
+            textcoords="offset points",
+            color=colour,
+            path_effects=[withStroke(linewidth=2, foreground="white")],
+            arrowprops=arrow if away > 13 else None,
+            annotation_clip=False,
+            **look,
+        )
+
+
+# --- figures of results ----------------------------------------------------------------------------
 
 
 def ablation(rows: Rows, variants: Sequence[str], path: Path) -> bool:
@@ -61,103 +162,194 @@ def ablation(rows: Rows, variants: Sequence[str], path: Path) -> bool:
     if not available():
         return False
     present = [v for v in variants if any(r["variant"] == v for r in rows)]
-    figure, (left, right) = _axes(2, height=max(3.0, 0.28 * len(present) + 1))
+    figure, ((left, right),) = _panels(2, height=max(3.0, 0.28 * len(present) + 1))
+    ends = []
     for i, variant in enumerate(present):
         mine = [r for r in rows if r["variant"] == variant]
         mean, low, high = hierarchical_bootstrap(column(mine, "golds"))
-        left.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color="#1b6ca8", capsize=2)
-        right.scatter([r["kl"] for r in mine], [r["gold"] for r in mine], s=14)
+        left.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color=BLUE, capsize=2)
         kl = float(np.mean([r["kl"] for r in mine]))
-        right.annotate(variant, (kl, mean), fontsize=7, xytext=(3, 3), textcoords="offset points")
+        right.scatter([r["kl"] for r in mine], [r["gold"] for r in mine], s=8, color=GREY, alpha=0.6)
+        right.plot(kl, mean, "o", color=BLUE, markersize=5)
+        ends.append(End(variant, kl, mean, BLUE))
     left.set_yticks(range(len(present)), present)
     left.invert_yaxis()
-    left.set(xlabel="gold reward, 95 % interval over seeds and prompts", title=f"{rows[0]['task']}")
-    right.set(xlabel="KL to SFT, nats per response", ylabel="gold reward", title="one point a seed")
-    _save(figure, path)
+    left.set(xlabel="gold reward, 95 % interval over seeds and prompts", title=rows[0]["task"])
+    right.set(xlabel="KL to SFT, nats per response", ylabel="gold reward", title="large: mean; small: single seeds")
+    _save(figure, path, [(right, ends)])
     return True
 
 
-def paths(curves: Mapping[str, Mapping[str, Sequence[Points]]], path: Path, xlabel: str, ylabel: str) -> None:
-    """One panel a world: for each method its mean path over seeds, and the single seeds faintly."""
-    figure, axes = _axes(len(curves))
-    for axis, (task, methods) in zip(axes, curves.items(), strict=True):
-        furthest = 0.1
-        for method, seeds in methods.items():
-            colour = COLOURS.get(method)
-            for points in seeds:
-                axis.plot(*zip(*points, strict=True), color=colour, alpha=0.18, linewidth=0.8)
-            length = min(map(len, seeds))
-            mean = np.mean([points[-length:] for points in seeds], axis=0)
-            axis.plot(mean[:, 0], mean[:, 1], color=colour, marker="o", markersize=3, label=method)
-            furthest = max(furthest, float(mean[:, 0].max()))
-        axis.set(xlabel=xlabel, ylabel=ylabel, title=task)
-        axis.set_xlim(right=1.25 * furthest)  # a single seed may leave the picture, the means stay readable
-        axis.legend(fontsize=7)
-    _save(figure, path)
+def _mean_path(seeds: Sequence[Stages]) -> tuple[NDArray[np.float64], int]:
+    """(points, 2): the path averaged over seeds; and the index of the point at which the last stage begins."""
+    whole = [[*stages[0], *(point for stage in stages[1:] for point in stage[1:])] for stages in seeds]
+    length = min(map(len, whole))
+    return np.mean([points[-length:] for points in whole], axis=0), length - len(seeds[0][-1])
 
 
-def forest(groups: Mapping[str, Mapping[str, Contrast]], path: Path) -> None:
-    """One panel a world: each contrast with its interval; green holds, red fails, grey is open."""
-    figure, axes = _axes(len(groups), height=0.3 * max(map(len, groups.values())) + 1)
-    colour = {"holds": "#1a9850", "fails": "#d73027", "open": "#777777"}
-    for axis, (task, contrasts) in zip(axes, groups.items(), strict=True):
-        for i, found in enumerate(contrasts.values()):
-            mean, low, high = found.interval
-            c = colour[found.verdict]
-            axis.errorbar(mean, i, xerr=[[mean - low], [high - mean]], fmt="o", color=c, capsize=2)
-            axis.scatter(list(found.per_seed.values()), [i] * len(found.per_seed), s=6, color=c, alpha=0.5)
+def _draw_paths(axis: Any, methods: Mapping[str, Sequence[Stages]]) -> dict[str, NDArray[np.float64]]:
+    """Draw each method's mean path, and its single seeds faintly; returns the mean paths.
+
+    A path that another one continues is drawn as a wide band, so that both can be seen.
+    """
+    means = {method: _mean_path(seeds) for method, seeds in methods.items()}
+    for method, (mean, cut) in means.items():
+        colour, marker, _ = style_of(method)
+        for stages in methods[method]:
+            for points in stages:
+                axis.plot(*zip(*points, strict=True), color=colour, alpha=FAINT, linewidth=0.7)
+        continued = any(at > 0 and np.array_equal(other[: at + 1], mean) for other, at in means.values())
+        axis.plot(*mean[cut:].T, color=colour, **({"linewidth": 5, "alpha": 0.4} if continued else {"linewidth": 1.4}))
+        axis.plot(*mean[cut + 1 : -1].T, marker, color=colour, markersize=3.5, zorder=5)
+        axis.plot(*mean[-1], marker, color=colour, markersize=7, zorder=5)
+        if cut > 0:
+            axis.plot(*mean[: cut + 1].T, ":", color=colour, linewidth=1.4, zorder=3)
+            axis.plot(*mean[cut], "o", color=colour, markerfacecolor="none", markersize=12, zorder=6)
+    return {method: mean for method, (mean, _) in means.items()}
+
+
+def _paths_key(figure: Any, two_stages: bool) -> None:
+    """Say below the panels what the kinds of lines and markers mean."""
+    from matplotlib.lines import Line2D
+
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        ("intermediate model", {"marker": "o", "linestyle": "", "markersize": 3.5}),
+        ("final policy", {"marker": "o", "linestyle": "", "markersize": 7}),
+        ("single seed", {"alpha": 2 * FAINT, "linewidth": 0.7}),
+    ]
+    if two_stages:
+        kinds = [
+            ("first of two stages", {"linestyle": ":", "linewidth": 1.3}),
+            ("second stage begins", {"marker": "o", "linestyle": "", "markersize": 12, "markerfacecolor": "none"}),
+            *kinds,
+        ]
+    handles = [Line2D([], [], color=GREY, label=label, **look) for label, look in kinds]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+
+
+def paths(
+    curves: Mapping[str, Mapping[str, Sequence[Stages]]], path: Path, xlabel: str, ylabel: str, enlarge: bool = False
+) -> None:
+    """For each world, the path of each method from the SFT model to its final policy, stage by stage.
+
+    Args:
+        curves: world -> method -> the path on each seed.
+        path: the file to write.
+        xlabel, ylabel: the names of the axes.
+        enlarge: give each world a second panel, which enlarges the part where most paths end.
+    """
+    columns = 2 if enlarge else len(curves)
+    figure, panels = _panels(columns, rows=len(curves) if enlarge else 1)
+    ends = []
+    for i, (task, methods) in enumerate(curves.items()):
+        axes = panels[i] if enlarge else [panels[0][i]]
+        for axis in axes:
+            means = _draw_paths(axis, methods)
+            axis.set(xlabel=xlabel, ylabel=ylabel, title=task if axis is axes[0] else f"{task}, enlarged")
+            start = next(iter(means.values()))[0]
+            named = [End(m, mean[-1, 0], mean[-1, 1], style_of(m).colour) for m, mean in means.items()]
+            ends.append((axis, [*named, End("sft", start[0], start[1], GREY)]))
+        lasts = np.asarray([mean[-1] for mean in means.values()])
+        furthest = max(0.1, *(float(mean[:, 0].max()) for mean in means.values()))
+        axes[0].set_xlim(right=1.25 * furthest)  # a single seed may leave the panel, so that the means can be read
+        if enlarge:
+            firsts = np.asarray([mean[1] for mean in means.values()])
+            margin = 0.08 * (lasts[:, 1].max() - firsts[:, 1].min())
+            box = (0.8 * firsts[:, 0].min(), 1.35 * float(np.median(lasts[:, 0])))
+            axes[1].set_xlim(*box)
+            axes[1].set_ylim(firsts[:, 1].min() - margin, lasts[:, 1].max() + 2 * margin)
+            axes[0].indicate_inset(axes[1].viewLim.bounds, edgecolor=GREY, linewidth=0.8)
+    _paths_key(figure, any(len(stages) > 1 for m in curves.values() for seeds in m.values() for stages in seeds))
+    _save(figure, path, ends)
+
+
+VERDICTS = {"holds": (BLUE, "o"), "fails": (RED, "s"), "open": (GREY, "D")}  # colour and marker
+
+
+def forest(groups: Mapping[str, Mapping[int, Mapping[str, Contrast]]], path: Path) -> None:
+    """A panel for each world: the contrasts of each claim with their intervals, verdicts and single seeds."""
+    from matplotlib.lines import Line2D
+
+    longest = max(sum(len(c) + 1 for c in claims.values()) for claims in groups.values())
+    figure, (axes,) = _panels(len(groups), width=4.8, height=0.27 * longest + 1.2)
+    for axis, (task, claims) in zip(axes, groups.items(), strict=True):
+        names: list[str] = []
+        for claim, contrasts in claims.items():
+            names.append(f"claim {claim}")
+            for name, one in contrasts.items():
+                mean, low, high = one.interval
+                colour, marker = VERDICTS[one.verdict]
+                at = len(names)
+                axis.errorbar(
+                    mean, at, xerr=[[mean - low], [high - mean]], fmt=marker, color=colour, markersize=6, capsize=2
+                )
+                axis.scatter(list(one.per_seed.values()), [at + 0.3] * len(one.per_seed), s=5, color=GREY)
+                names.append(name)
         axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(contrasts)), list(contrasts))
-        axis.invert_yaxis()
+        axis.set_yticks(range(len(names)), names)
+        for tick, line, name in zip(axis.get_yticklabels(), axis.yaxis.get_ticklines()[::2], names, strict=True):
+            if name.startswith("claim"):
+                tick.set_fontweight("bold")
+                line.set_visible(False)
+        axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set(xlabel="difference in gold reward", title=task)
+        if axis is not axes[0]:
+            axis.sharex(axes[0])
+            axis.tick_params(labelleft=False)
+    handles = [Line2D([], [], color=c, marker=m, label=f"{v}") for v, (c, m) in VERDICTS.items()]
+    handles.append(Line2D([], [], color=GREY, marker="o", markersize=2.5, linestyle="", label="single seed"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     _save(figure, path)
 
 
 def sweep(
     lines: Mapping[str, Mapping[str, Sequence[tuple[float, tuple[float, float, float]]]]], path: Path, xlabel: str
 ) -> None:
-    """One panel a world: gold with its interval along a swept setting, a line a method."""
-    figure, axes = _axes(len(lines))
+    """A panel for each world: gold with its interval along a setting that is varied, a line for each method."""
+    figure, (axes,) = _panels(len(lines))
+    ends = []
     for axis, (task, methods) in zip(axes, lines.items(), strict=True):
+        named = []
         for i, (method, points) in enumerate(methods.items()):
-            x = np.asarray([p[0] for p in points])
+            settings = np.asarray([p[0] for p in points])
             mean, low, high = (np.asarray([p[1][k] for p in points]) for k in range(3))
-            x = x + (x.max() - x.min()) * 0.006 * (i - len(methods) / 2)  # side by side, not on top
-            style = "--" if method.endswith("-long") else "-"
+            width = settings.max() - settings.min()
+            x = settings + 0.022 * width * (i - (len(methods) - 1) / 2)  # side by side, so that no bar hides another
+            colour, marker, dashes = style_of(method)
             error = np.stack((mean - low, high - mean))
-            axis.errorbar(
-                x, mean, error, fmt=style, marker="o", markersize=3, capsize=2, color=COLOURS.get(method), label=method
-            )
+            look = {"marker": marker, "markersize": 5, "capsize": 2, "color": colour}
+            axis.errorbar(x, mean, error, linestyle=dashes, **look)
+            named.append(End(method, x[-1], mean[-1], colour))
+        axis.set_xticks(settings, [f"{s:g}" for s in settings])
+        axis.set_xlim(right=settings.max() + 0.3 * width)
         axis.set(xlabel=xlabel, ylabel="gold reward", title=task)
-        axis.legend(fontsize=7)
-    _save(figure, path)
+        ends.append((axis, named))
+    _save(figure, path, ends)
 
 
 def growth(
     lines: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], ylabels: Sequence[str], path: Path
 ) -> None:
-    """A column for each thing that grows, a row for each quantity: lines[thing][who][size] has one number a row."""
-    figure, axes = _axes(len(lines), width=3.4, height=2.8, rows=len(ylabels))
-    colours = ("#1a9850", "#a6d96a", "#d6604d")
+    """A column for each size that grows, a row for each quantity; lines[size][way][value] has a number for each row."""
+    figure, panels = _panels(len(lines), width=3.6, height=2.8, rows=len(ylabels))
+    styles = (STYLES["mpo"], STYLES["dpo"], STYLES["dpo-ppo"])
+    ends = []
     for place, (thing, ways) in enumerate(lines.items()):
         for row, label in enumerate(ylabels):
-            axis = axes[row][place]
-            for (who, points), colour in zip(ways.items(), colours, strict=False):
+            axis, named = panels[row][place], []
+            for (way, points), (colour, marker, dashes) in zip(ways.items(), styles, strict=False):
                 ys = [numbers[row] for numbers in points.values()]
-                axis.plot(list(points), ys, "o-", color=colour, label=who, markersize=4)
+                axis.plot(list(points), ys, marker=marker, linestyle=dashes, color=colour, markersize=5)
+                named.append(End(way.replace(", ", ",\n"), list(points)[-1], ys[-1], colour))
+            sizes = list(points)
             axis.set(xscale="log", yscale="log", xlabel=thing, ylabel=label if place == 0 else "")
-            axis.set_xticks(list(points), [f"{size:,}" for size in points])
+            axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            axis.set_xlim(right=sizes[-1] * (sizes[-1] / sizes[0]) ** 0.4)
             low, high = axis.get_ylim()
             ticks = [
                 t for t in (digit * 10.0**power for power in range(-3, 7) for digit in (1, 2, 5)) if low <= t <= high
             ]
             axis.set_yticks(ticks, [f"{t:,g}" for t in ticks])
             axis.minorticks_off()
-    axes[0][0].legend(fontsize=7)
-    _save(figure, path)
-
-
-def names(methods: Iterable[str]) -> str:
-    """For captions: "a, b and c"."""
-    *rest, last = methods
-    return f"{', '.join(rest)} and {last}" if rest else last
+            ends.append((axis, named))
+    _save(figure, path, ends)

@@ -1,8 +1,8 @@
-"""A grid of cells, each a policy trained by make and evaluated by eval.py; one row a finished cell.
+"""A grid of cells. A cell is one policy, trained by make and evaluated by eval.py; a finished cell has a row.
 
-Killed at any moment, the same command goes on where it was: make keeps finished stages, and a cell
-with a row is not run again. Cells of one run folder are worked off in order by one worker; workers
-are single-threaded processes, which at the size of these models is the fastest way to fill a machine.
+A grid may be killed at any moment. The same command then continues: make keeps finished stages, and a cell that has
+a row is not run again. One worker runs all cells of a run folder, in order. Each worker uses a single thread, which
+is the fastest way to fill a machine with models this small.
 """
 
 from __future__ import annotations
@@ -29,39 +29,36 @@ PROMPTS = 400
 
 @dataclass(frozen=True)
 class Cell:
-    """One policy of one run, and how make is to train it."""
+    """One policy of one run, and how make trains it."""
 
-    grid: str  # which table it belongs to
+    grid: str  # the grid it belongs to
     task: str
     seed: int
-    variant: str  # what is different in this run, "" for nothing
-    policy: str  # a folder of schedules.mk
+    variant: str  # what is different in this run; "" for nothing
+    policy: str  # its folder in the run (Makefile)
     run: str  # the run folder
-    source: str = ""  # FROM: the run whose stages this one shares
-    variables: Mapping[str, str] = field(default_factory=dict)  # make's: DPO_FLAGS, mpo_FLAGS, LOSS, ...
+    source: str = ""  # the run whose stages this one shares: make's FROM
+    variables: Mapping[str, str] = field(default_factory=dict)  # make variables: DPO_FLAGS, mpo_FLAGS, LOSS, ...
     prompts: int = PROMPTS  # held-out prompts of the evaluation
 
     @property
     def key(self) -> tuple[str, str, int, str, str]:
-        """What tells this cell's row from all others."""
+        """The fields that identify this cell's row."""
         return self.grid, self.task, self.seed, self.variant, self.policy
 
     @property
     def settings(self) -> dict[str, str]:
-        """What this cell's result depends on besides its key: kept in its row."""
+        """What else this cell's result depends on. It is recorded in the row."""
         return {"prompts": str(self.prompts)} | dict(self.variables)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results file, [] where there is none."""
+    """The rows of a results file; [] if there is no file."""
     return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
 def finished(cells: Sequence[Cell], results: Path) -> set[tuple[str, str, int, str, str]]:
-    """The keys of the cells that have a row.
-
-    Errors: InputError where a row was made with other flags than its cell has now.
-    """
+    """The keys of the cells that have a row. Raises InputError if a row was made with other flags than its cell has."""
     rows = {tuple(row[k] for k in ("grid", "task", "seed", "variant", "policy")): row for row in read_results(results)}
     done = set()
     for cell in cells:
@@ -76,7 +73,7 @@ def finished(cells: Sequence[Cell], results: Path) -> set[tuple[str, str, int, s
 
 
 def run_cells(cells: Sequence[Cell], results: Path, jobs: int) -> int:
-    """Run every cell that has no row yet, `jobs` run folders at a time; returns how many failed."""
+    """Run every cell that has no row yet, `jobs` run folders at a time; returns the number of cells that failed."""
     done = finished(cells, results)
     waiting: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -92,7 +89,7 @@ def run_cells(cells: Sequence[Cell], results: Path, jobs: int) -> int:
     def work(cells_of_run: list[Cell]) -> None:
         for cell in cells_of_run:
             try:
-                if cell.source:  # what runs share is made once, by the first that needs it
+                if cell.source:  # the first run to need the shared stages makes them; the others wait
                     with sources[cell.source]:
                         make(
                             replace(cell, run=cell.source, source=""),
@@ -114,9 +111,9 @@ def run_cells(cells: Sequence[Cell], results: Path, jobs: int) -> int:
 
 
 def run_cell(cell: Cell) -> dict[str, Any]:
-    """Train and evaluate one policy, with what it was on the way; returns its row.
+    """Train a policy, evaluate it and the intermediate models that were kept, and return its row.
 
-    Errors: CalledProcessError, its cmd being the log, when a stage fails.
+    Raises CalledProcessError, whose cmd is the path of the log, if a stage fails.
     """
     folder = ROOT / cell.run / cell.policy
     log = ROOT / cell.run / "logs" / f"{cell.policy}.log"
@@ -135,13 +132,13 @@ def run_cell(cell: Cell) -> dict[str, Any]:
 
 
 def make(cell: Cell, targets: str, log: Path) -> None:
-    """Let make bring targets of the cell's run up to date."""
+    """Bring targets of the cell's run up to date with make."""
     variables = {"TASK": cell.task, "SEED": str(cell.seed), "RUN": cell.run, "FROM": cell.source} | dict(cell.variables)
     _call(["make", "--no-print-directory", *(f"{k}={v}" for k, v in variables.items()), *targets.split()], log)
 
 
 def row_of(evaluated: Path, policy: str, folder: Path) -> dict[str, Any]:
-    """A cell's row: per-prompt results of the policy, and means at each model kept on the way."""
+    """A cell's row: results of the policy for each prompt, and means of each intermediate model that was kept."""
     means = read_json(evaluated / "results.json")["policies"]
     responses = [row for _, row in read_jsonl(evaluated / f"responses-{policy}.jsonl")]
     manifest = read_json(folder / "manifest.json")
@@ -169,18 +166,19 @@ def row_of(evaluated: Path, policy: str, folder: Path) -> dict[str, Any]:
 
 
 def reward_model(folder: Path) -> dict[str, Any]:
-    """What a reward model knows.
+    """How good a reward model is.
 
-    Its accuracy on held-out labels; the spread of its scores over SFT references, in log-odds (PPO sees scores in units
-    of it); for each mistake of the probe sheet the share of right answers above the spoilt ones (docs/world.md).
+    accuracy: on held-out labels. spread: the standard deviation of its raw scores over the data set's chosen
+    responses, in log-odds; the scores that PPO sees are divided by it. probe: for each mistake of the probe sheet,
+    the share of right answers that score above the spoilt ones (docs/world.md).
     """
     results = read_json(folder / "manifest.json")["results"]
     accuracy, spread = results["held_out"]["accuracy"][0], results["sft_reference_std"]
     probe: dict[str, list[float]] = {}
     for cell in read_json(folder / "probe.json"):
         probe.setdefault(cell["mistake"], []).append(cell["right_above"])
-    shares = {mistake: round(sum(found) / len(found), 3) for mistake, found in sorted(probe.items())}
-    return {"accuracy": round(accuracy, 4), "spread": round(spread, 3), "probe": shares}
+    means = {mistake: round(sum(shares) / len(shares), 3) for mistake, shares in sorted(probe.items())}
+    return {"accuracy": round(accuracy, 4), "spread": round(spread, 3), "probe": means}
 
 
 def _call(command: Iterable[str], log: Path) -> None:
@@ -193,14 +191,14 @@ def _call(command: Iterable[str], log: Path) -> None:
 
 
 def commit() -> str:
-    """The commit that is checked out, with "+" where the code differs from it; "" outside a repository."""
+    """The commit that is checked out, with "+" if the code differs from it; "" outside a repository."""
     head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py", "*.mk", "Makefile"], cwd=ROOT)
     return head.stdout.strip() + ("+" if changed.returncode == 1 else "") if head.returncode == 0 else ""
 
 
 def machine() -> str:
-    """The processor by name, with its widest vector instructions and its cores."""
+    """The name of the processor, its widest vector instructions, and its number of cores."""
     name, widest = platform.processor() or platform.machine(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,12 +1,12 @@
-"""docs/results.md from the result files: tables, verdicts, figures.
+"""Writes docs/results.md from the result files: tables, verdicts, figures.
 
-No number is typed by hand: prose that interprets a result stands in experiments/reasons/, by claim.
+The numbers in the tables come from the result files alone. The prose that explains them is in experiments/reasons/.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,54 +31,120 @@ from experiments.judgement import (
     verdict,
 )
 from experiments.statistics import Contrast, column, difference, hierarchical_bootstrap, win
-from experiments.study import FIRST_STAGE, GRIDS, Study
+from experiments.study import FIRST_STAGE, GRIDS, LAST_STAGES, Study
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_text
-from mpo.runtime.tables import interval, percent, table
+from mpo.runtime.output import interval, percent, table
 
-NOISE_PAIRS = [("mpo", "dpo-all-long"), ("mpo", "ppo-long"), ("dpo", "dpo-all-long")]  # shown along the sweeps
+NOISE_PAIRS = [("mpo", "dpo-all-long"), ("mpo", "ppo-long"), ("mpo", "dpo"), ("dpo", "dpo-all-long")]
 GAMMA_PAIRS = [("mpo", "dpo")]
-BLIND = 0.75  # a mistake that a reward model misses: fewer right answers than this above the spoilt ones
+BLIND = 0.75  # a reward model misses a mistake if it puts fewer right answers than this above the spoilt ones
 UNITS = dict.fromkeys((*FIRST_STAGE, "dpo-long", "dpo-all-long", "ppo-long"), 2) | {"sft": 0}
 
+ROWS = {
+    "data/train.jsonl": "all pairs",
+    "split/pairs.jsonl": "easy pairs",
+    "split/hard.jsonl": "hard pairs",
+    "split/prompts.jsonl": "hard and contradicted pairs",
+    "split/random/pairs.jsonl": "random pairs, as many as are easy",
+    "split/random/prompts.jsonl": "the pairs that dpo-random leaves",
+    "split/inverted/pairs.jsonl": "the smallest gaps that are not contradicted, as many as are easy",
+}
 
-def contrast_line(world: World, name: str, found: Contrast | None, pair: Pair | None, seeds: int) -> list[str]:
+INTRODUCTION = """\
+The paper on Mixed Preference Optimization ([2403.19443](https://arxiv.org/abs/2403.19443)) makes claims that can be
+tested where the true reward is known. This page tests six of them in the two built-in worlds, by the rules of
+[protocol.md](protocol.md). `make claims` writes the page from `experiments/results/`."""
+
+METHODS = """\
+All methods of a seed begin with the same SFT model. A one-stage method trains it with DPO or PPO. A two-stage method
+continues from the final policy of another method. The *reference* is the model that PPO's KL penalty and DPO's
+log-ratios are measured against. The *units* are the whole training budget of the method after SFT."""
+
+MAIN = """\
+Averages over seeds and prompts. *Spread*: the standard deviation of gold over seeds. *Win vs SFT*: win % against the
+SFT model. *RM*: the reward model's score. *Words*: the length of a response. *EOS*: the share of responses that end.
+*Collapses*: the number of seeds on which the policy collapsed."""
+
+REWARD_MODELS = f"""\
+**Reward models under label noise.** The accuracy is on held-out labels, which are never flipped. The spread is the
+standard deviation of the raw scores over the data set's chosen responses, in log-odds. The last column counts the
+seeds on which the reward model misses a mistake of the probe sheet ([world.md](world.md)): fewer than
+{100 * BLIND:.0f} % of the right answers score above the spoilt ones."""
+
+QUESTIONS = {
+    1: """\
+Does MPO end with more gold than DPO alone and than PPO alone, at the same total budget? For these two contrasts the
+last column counts as well.""",
+    2: """\
+Does DPO on easy pairs end with more gold than DPO on all, on random and on inverted pairs? Is DPO on all pairs better
+than on hard ones?""",
+    3: """\
+Does PPO end with more gold if the DPO model is its reference, or both its start and its reference? Does it gain from
+more prompts?""",
+    4: """\
+Does the order matter? `mpo` uses easy pairs and then hard ones, `reversed` the opposite, `mixed` a random split.""",
+    5: """\
+How much more gold than MPO do DPO and PPO of the same total budget lose to label noise? The *loss* is the gold without
+noise less the gold with {noise:.0f} % of the labels flipped.""",
+    6: "How much further than MPO does PPO fall when both are pushed?",
+}
+
+
+def contrast_line(world: World, name: str, contrast: Contrast | None, pair: Pair | None, seeds: int) -> list[str]:
     """One line of a claim's table."""
-    if found is None:
+    if contrast is None:
         return [name, "not run", "", "", "", ""]
-    signs = " ".join(f"{v:+.2f}" for _, v in sorted(found.per_seed.items()))
+    by_seed = " ".join(f"{v:+.2f}" for _, v in sorted(contrast.per_seed.items()))
     won = equal = "-"
     if pair:
         won = percent(hierarchical_bootstrap(win(world.golds(pair[0]), world.golds(pair[1]))))
         at_equal = equal_kl_contrast(world, pair)
         equal = interval(at_equal.interval) if at_equal else "-"
-    judged_by = len(found.per_seed)
-    what = found.verdict if judged_by == seeds else f"{judged_by} of {seeds} seeds"
-    return [name, interval(found.interval), what, signs, won, equal]
+    finished = len(contrast.per_seed)
+    what = contrast.verdict if finished == seeds else f"{finished} of {seeds} seeds"
+    return [name, interval(contrast.interval), what, by_seed, won, equal]
 
 
 def claim_section(worlds: Sequence[World], study: Study, claim: int) -> str:
-    """Title, verdict, one table a world, the reasons, and the claim's figure."""
-    found = [judged(world, study, claim) for world in worlds]
-    parts = [f"## {claim}. {CLAIMS[claim]}: {verdict(found, len(study.seeds))}"]
-    header = ["contrast", "gold", "verdict", "by seed", "win %", "gold at equal KL"]
-    for world, contrasts in zip(worlds, found, strict=True):
-        pairs = {" - ".join(p): p for p in JUDGED.get(claim, []) + SHOWN.get(claim, [])}
+    """A claim with its verdict, its question, a table for each world, and the prose."""
+    contrasts = [judged(world, study, claim) for world in worlds]
+    parts = [f"## Claim {claim}. {CLAIMS[claim]}: {verdict(contrasts, len(study.seeds))}"]
+    parts += [QUESTIONS[claim].format(noise=100 * max(study.noise))]
+    pairs = {" - ".join(p): p for p in JUDGED.get(claim, []) + SHOWN.get(claim, [])}
+    header = ["contrast", "gold", "verdict", "on each seed", "win %", "gold at equal KL"]
+    for world, of_world in zip(worlds, contrasts, strict=True):
         lines = [
-            contrast_line(world, n, c, pairs.get(n), len(study.seeds))
-            for n, c in contrasts.items()
-            if not n.endswith("equal KL")
+            contrast_line(world, name, contrast, pairs.get(name), len(study.seeds))
+            for name, contrast in of_world.items()
+            if not name.endswith("equal KL")
         ]
         shown = [(" - ".join(p), gold_contrast(world, p)) for p in SHOWN.get(claim, [])]
         lines += [contrast_line(world, f"({name})", c, pairs[name], len(study.seeds)) for name, c in shown]
-        parts += [f"**{world.task}**", table(header, lines)]
+        width = len(header) if pairs else 4  # the last two columns are for pairs of methods
+        parts += [f"**{world.task}**", table(header[:width], [line[:width] for line in lines])]
     return "\n\n".join([*parts, *prose(study, f"claim-{claim}")])
 
 
 def prose(study: Study, name: str) -> list[str]:
-    """What interprets the numbers, where somebody has."""
+    """A part of the page's prose; [] where there is none."""
     path = study.reasons / f"{name}.md" if study.reasons else None
     return [path.read_text(encoding="utf-8").strip()] if path and path.exists() else []
+
+
+def methods_table(study: Study) -> str:
+    """What each method is: the kind of its last stage, its data, start, reference and budget."""
+    first_prompts = {"ppo-some": study.some, "ppo-few": study.few}
+    lines = [["sft", "SFT", "the chosen responses", "untrained model", "-", "0"]]
+    for method in study.methods[1:]:
+        last = LAST_STAGES[method]
+        data = ROWS[last.rows]
+        if last.kind == "ppo":
+            data = (
+                f"prompts of {data}" if method not in first_prompts else f"the first {first_prompts[method]:,} prompts"
+            )
+        lines.append([method, last.kind.upper(), data, last.model, last.ref, str(UNITS.get(method, 1))])
+    return table(["method", "last stage", "trained on", "starts from", "reference", "units"], lines)
 
 
 def main_table(world: World, study: Study) -> str:
@@ -106,24 +172,24 @@ def main_table(world: World, study: Study) -> str:
                 str(sum(bool(collapsed(r, world.main["sft"])) for r in rows)),
             ]
         )
-    header = ["method", "units", "seeds", "gold", "spread", "win vs SFT %", "RM", "KL", "words", "EOS %", "collapses"]
-    return table(header, lines)
+    header = ["method", "units", "seeds", "gold", "spread", "win vs SFT %", "RM", "KL to SFT", "words", "EOS %"]
+    return table([*header, "collapses"], lines)
 
 
 def sweep_table(
     grids: Mapping[str, Mapping[str, Sequence[Row]]], methods: Sequence[str], pairs: Sequence[Pair], name: str
 ) -> str:
-    """Gold along a sweep, a line a method; then the paired differences of some."""
+    """Gold along a sweep, a line for each method; then the contrasts of those pairs whose methods are there."""
     golds = [{m: column(grid.get(m, []), "golds") for m in methods} for grid in grids.values()]
-    lines = {m: [found[m] for found in golds] for m in methods}
-    there = [p for p in pairs if set(p) <= set(methods)]
-    lines |= {" - ".join(p): [difference(*(found[m] for m in p)) for found in golds] for p in there}
+    lines = {m: [by_method[m] for by_method in golds] for m in methods}
+    present = [p for p in pairs if set(p) <= set(methods)]
+    lines |= {" - ".join(p): [difference(*(by_method[m] for m in p)) for by_method in golds] for p in present}
     cells = {k: [interval(hierarchical_bootstrap(v)) if v else "-" for v in line] for k, line in lines.items()}
     return table([name, *grids], [[title, *line] for title, line in cells.items()])
 
 
 def reward_models_table(world: World) -> str:
-    """Along the noise, the reward model of each seed: how often it is right, and what it does not see."""
+    """At each level of noise, the reward model of each seed: its accuracy, its spread, the mistakes that it misses."""
     lines = []
     for noise, by_seed in world.reward_models().items():
         models = [rm for _, rm in sorted(by_seed.items())]
@@ -136,12 +202,11 @@ def reward_models_table(world: World) -> str:
                 ", ".join(f"{name} {count}" for name, count in missed.most_common()) or "-",
             ]
         )
-    header = ["labels flipped", "RM right, %, by seed", "spread of its scores", "mistakes it misses, on how many seeds"]
-    return table(header, lines)
+    return table(["labels flipped", "accuracy %, each seed", "spread, each seed", "missed mistakes, seeds"], lines)
 
 
 def pushed_table(world: World) -> str:
-    """Where gold is highest on the path of each pushed method, and where it ends."""
+    """Where gold is highest on the path of each pushed method, and where the path ends."""
     lines = []
     for method in world.pushed:
         seeds = world.seeds(method, pushed=True)
@@ -152,25 +217,31 @@ def pushed_table(world: World) -> str:
         row = [method, str(len(paths)), f"{np.mean([b[1] for b in best]):.2f}", f"{np.mean([b[0] for b in best]):.1f}"]
         row += [f"{np.mean([p[-1][1] for p in paths]):.2f}", f"{np.mean([p[-1][0] for p in paths]):.1f}"]
         lines.append([*row, " ".join(f"{fall(p):.2f}" for p in paths)])
-    return table(["pushed", "seeds", "best gold", "at KL", "last gold", "at KL", "fall, by seed"], lines)
+    return table(["pushed", "seeds", "highest gold", "at KL", "last gold", "at KL", "fall on each seed"], lines)
 
 
-def provenance(study: Study) -> str:
-    """Which machine, which commits, how many cells, how long."""
-    files = {grid: read_results(study.results / f"{grid}.jsonl") for grid in GRIDS}
-    rows = [r for found in files.values() for r in found]
-    cells = ", ".join(f"{grid} {len(found)}" for grid, found in files.items())
-    hours = sum(r["seconds"] for r in rows) / 3600
-    commits, machines = (", ".join(sorted({r[k] for r in rows})) for k in ("commit", "machine"))
-    return (
-        f"Finished cells: {cells}. Machine: {machines}; one single-threaded process a core. Commits: {commits}. "
-        f"The last stages of the cells alone took {hours:.1f} process-hours. Written by `make claims` from "
-        "`experiments/results/`; the rules are those of [protocol.md](protocol.md)."
-    )
+def sweeps_section(world: World, study: Study) -> list[str]:
+    """The tables of one world's sweeps, each after what it shows."""
+    noisiest = max(study.noise)
+    priced = {f"{noisiest}, mpo {study.price}": world.noisiest | world.price} if world.price else {}
+    noise_text = "Gold by the share of training labels that are flipped, and contrasts."
+    if priced:
+        noise_text += f" In the last column, MPO alone has another KL coefficient (`{study.price}`)."
+    return [
+        f"## Sweeps, {world.task}",
+        f"**Label noise.** {noise_text}",
+        sweep_table(world.noise | priced, study.noise_methods, NOISE_PAIRS, "labels flipped"),
+        REWARD_MODELS,
+        reward_models_table(world),
+        "**Gamma.** Gold by the threshold of the split: a quantile of |gap| (`q0.5` is the main grid).",
+        sweep_table(world.gamma, study.gamma_methods, GAMMA_PAIRS, "gamma"),
+        "**Pushed.** Averages over seeds of the highest gold and the last, each with the KL to SFT at which it occurs.",
+        pushed_table(world),
+    ]
 
 
 def settings_table(study: Study) -> str:
-    """What the tuning chose."""
+    """The settings that the tuning chose."""
     chosen = read_json(study.settings)
     methods = list(dict.fromkeys(m for task in chosen.values() for m in task))
     return table(
@@ -193,89 +264,123 @@ def collapse_list(worlds: Sequence[World]) -> str:
     return table(["world", "grid", "method", "seed", "why"], lines) if lines else "None."
 
 
+def provenance(study: Study) -> str:
+    """Which cells are finished, on which machines and commits, and how long they took."""
+    files = {grid: read_results(study.results / f"{grid}.jsonl") for grid in GRIDS}
+    rows = [row for of_grid in files.values() for row in of_grid]
+    cells = ", ".join(f"{grid} {len(of_grid)}" for grid, of_grid in files.items())
+    hours = sum(r["seconds"] for r in rows) / 3600
+    commits, machines = ("; ".join(sorted({r[k] for r in rows})) for k in ("commit", "machine"))
+    return (
+        f"- Finished cells (a cell is one trained and evaluated policy), by grid: {cells}.\n"
+        f"- Machines: {machines}; one single-threaded process for each core.\n- Commits: {commits}.\n"
+        f"- The last stages of the cells alone took {hours:.1f} process-hours."
+    )
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+KL = "KL to SFT, nats per response"
+
+
+def curves(
+    worlds: Sequence[World], methods: Sequence[str], name: str, pushed: bool
+) -> dict[str, dict[str, list[list[Points]]]]:
+    """World -> method -> the path on each finished seed, stage by stage."""
+    return {
+        w.task: {
+            m: [w.stages(m, s, name, pushed) for s in seeds] for m in methods if (seeds := w.seeds(m, pushed=pushed))
+        }
+        for w in worlds
+    }
+
+
+def along(
+    worlds: Sequence[World], grids: str, methods: Sequence[str], number: Callable[[str], float]
+) -> dict[str, dict[str, list[Any]]]:
+    """World -> method -> (setting, gold with its interval) along a sweep. `number` turns a setting's name into it."""
+    lines: dict[str, dict[str, list[Any]]] = {}
+    for w in worlds:
+        for method in methods:
+            points = [
+                (number(name), hierarchical_bootstrap(column(rows[method], "golds")))
+                for name, rows in getattr(w, grids).items()
+                if method in rows
+            ]
+            if len(points) > 1:
+                lines.setdefault(w.task, {})[method] = points
+    return lines
+
+
 def draw(worlds: Sequence[World], study: Study, folder: Path) -> list[str]:
-    """All figures; returns them as Markdown, [] where they cannot be drawn."""
+    """Draw all figures; returns them as Markdown, [] where they cannot be drawn."""
     if not figures.available():
         return []
-    shown = ("dpo", "dpo-all-long", "ppo-long", "mpo", "dpo-ppo")
-
-    def curves(name: str, methods: Sequence[str], pushed: bool) -> dict[str, dict[str, list[Points]]]:
-        return {
-            w.task: {
-                m: [w.path(m, s, name, pushed) for s in seeds] for m in methods if (seeds := w.seeds(m, pushed=pushed))
-            }
-            for w in worlds
-        }
-
     made = []
 
-    def add(name: str, caption: str) -> Path:
-        made.append(f"![{caption}]({folder.name}/{name}.png)\n\n*{caption}*")
+    def add(name: str, title: str, caption: str) -> Path:
+        made.append(f"![{title}]({folder.name}/{name}.png)\n\n*{title}. {caption}*")
         return folder / f"{name}.png"
 
-    kl, gold = "KL to SFT, nats per response", "gold reward"
-    where = add("gold-by-kl", "Gold along the way of each method; thick: the mean over seeds, thin: single seeds.")
-    figures.paths(curves("gold", shown, False), where, kl, gold)
-    contrasts = {w.task: {n: c for i in JUDGED for n, c in judged(w, study, i).items() if c} for w in worlds}
-    figures.forest(contrasts, add("contrasts", "Judged contrasts of claims 1 to 4; small dots are single seeds."))
-    return made + _sweep_figures(worlds, study, folder, curves)
-
-
-def _sweep_figures(worlds: Sequence[World], study: Study, folder: Path, curves: Any) -> list[str]:
-    made = []
-
-    def lines(grids: str, methods: Sequence[str], number: Any) -> dict[str, dict[str, list[Any]]]:
-        found: dict[str, dict[str, list[Any]]] = {}
-        for w in worlds:
-            for method in methods:
-                points = [
-                    (number(k), hierarchical_bootstrap(column(rows[method], "golds")))
-                    for k, rows in getattr(w, grids).items()
-                    if method in rows
-                ]
-                if len(points) > 1:
-                    found.setdefault(w.task, {})[method] = points
-        return found
-
-    if noisy := lines("noise", [m for m in study.noise_methods if m != "sft"], float):
-        figures.sweep(noisy, folder / "noise.png", "share of training labels flipped")
-        made.append(f"![Gold as label noise grows]({folder.name}/noise.png)\n\n*Gold as label noise grows.*")
-    if gammas := lines("gamma", study.gamma_methods, lambda k: float(k[1:])):
-        figures.sweep(gammas, folder / "gamma.png", "gamma, as a quantile of |gap|")
-        made.append(f"![Gold by gamma]({folder.name}/gamma.png)\n\n*Gold by the threshold of the split.*")
-    pushed = [m for m in study.pushed if any(m in w.pushed for w in worlds)]
-    if pushed:
-        for name, title in (("gold", "gold reward"), ("reward", "RM reward")):
-            file = folder / f"pushed-{name}.png"
-            figures.paths(curves(name, pushed, True), file, "KL to SFT, nats per response", title)
-            made.append(f"![{title}, pushed]({folder.name}/{file.name})\n\n*{title} of the pushed methods.*")
+    file = add(
+        "gold-by-kl",
+        "Gold against KL to SFT, from the SFT model to the final policy",
+        "Each line is a mean over seeds. `mpo` begins as `dpo`: its first stage is the dotted line on the blue band, "
+        "and its PPO begins at the ring. The first stage of `dpo-ppo` is `dpo-all`. Right: the framed part, enlarged.",
+    )
+    shown = ("dpo", "dpo-all-long", "ppo-long", "mpo", "dpo-ppo")
+    figures.paths(curves(worlds, shown, "gold", False), file, KL, "gold reward", enlarge=True)
+    contrasts = {w.task: {i: {n: c for n, c in judged(w, study, i).items() if c} for i in JUDGED} for w in worlds}
+    file = add(
+        "contrasts",
+        "The judged contrasts of claims 1 to 4",
+        "A contrast holds if its interval lies above 0, and fails if it lies below.",
+    )
+    figures.forest(contrasts, file)
+    if noisy := along(worlds, "noise", [m for m in study.noise_methods if m != "sft"], float):
+        file = add("noise", "Gold as label noise grows", "Lines are drawn side by side, so that no bar hides another.")
+        figures.sweep(noisy, file, "share of training labels flipped")
+    if gammas := along(worlds, "gamma", study.gamma_methods, lambda name: float(name[1:])):
+        file = add("gamma", "Gold by the threshold of the split", "With a larger gamma, fewer pairs are easy.")
+        figures.sweep(gammas, file, "gamma, as a quantile of |gap|")
+    if pushed := [m for m in study.pushed if any(m in w.pushed for w in worlds)]:
+        for name, title, caption in (
+            ("gold", "Gold of the pushed methods", "These methods are trained past their highest gold."),
+            (
+                "reward",
+                "RM score of the pushed methods",
+                "The same policies, by the reward model's score instead of gold.",
+            ),
+        ):
+            file = add(f"pushed-{name}", title, caption)
+            label = "gold reward" if name == "gold" else "RM score"
+            figures.paths(curves(worlds, pushed, name, True), file, KL, label)
     return made
 
 
 def write(study: Study) -> None:
-    """Write the page and its figures from whatever the result files hold."""
+    """Write the page and its figures from the rows that there are."""
     if not read_results(study.results / "main.jsonl"):
         raise InputError(f"{study.results / 'main.jsonl'}: no rows yet; run the main grid first")
     worlds = [w for task in study.tasks if (w := read_world(study, task)).main.get("sft")]
     verdicts = []
     for claim, title in CLAIMS.items():
-        found = [judged(world, study, claim) for world in worlds]
-        verdicts.append(
-            [f"{claim}. {title}", *(verdict(f, len(study.seeds)) for f in (found, *([one] for one in found)))]
-        )
-    parts = ["# The claims, measured", provenance(study)]
-    parts += ["## Verdicts", table(["claim", "verdict", *(w.task for w in worlds)], verdicts)]
+        contrasts = [judged(world, study, claim) for world in worlds]
+        together, *alone = (verdict(c, len(study.seeds)) for c in (contrasts, *([one] for one in contrasts)))
+        verdicts.append([f"{claim}. {title}", together, *alone])
+    parts = ["# The paper's claims, measured", INTRODUCTION, *prose(study, "warning"), *prose(study, "terms")]
+    parts += ["## Methods", METHODS, methods_table(study)]
+    parts += ["## Verdicts", table(["claim", "verdict", *(f"in {w.task} alone" for w in worlds)], verdicts)]
     parts += prose(study, "summary")
-    parts += draw(worlds, study, study.page.parent / "figures")
+    if drawn := draw(worlds, study, study.page.parent / "figures"):
+        parts += ["## Figures", *drawn]
     for world in worlds:
-        parts += [f"## Main grid, {world.task}", main_table(world, study)]
+        parts += [f"## Main grid, {world.task}", MAIN, main_table(world, study)]
     parts += [claim_section(worlds, study, claim) for claim in CLAIMS]
     for world in worlds:
-        parts += [f"## Sweeps, {world.task}"]
-        priced = {f"{max(study.noise)}, mpo {study.price}": world.noisiest | world.price} if world.price else {}
-        parts += [sweep_table(world.noise | priced, study.noise_methods, NOISE_PAIRS, "labels flipped")]
-        parts += [reward_models_table(world)]
-        parts += [sweep_table(world.gamma, study.gamma_methods, GAMMA_PAIRS, "gamma"), pushed_table(world)]
-    parts += ["## Collapses", collapse_list(worlds), "## Settings", settings_table(study)]
+        parts += sweeps_section(world, study)
+    parts += ["## Collapses", "Every policy of every grid that collapsed, and why.", collapse_list(worlds)]
+    parts += ["## Settings", "The settings of each method's last stage that the tuning chose.", settings_table(study)]
+    parts += ["## Provenance", provenance(study)]
     write_text(study.page, "\n\n".join(parts) + "\n")
     print(f"page: {study.page}")

@@ -1,4 +1,4 @@
-"""The experiments: what is run once, what a verdict is, and that the study says what the protocol says."""
+"""The experiments: which cells are run, how verdicts are reached, and that the study agrees with its protocol."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from experiments import ablate, claims, grid, judgement, page
 from experiments.grid import Cell, read_results, run_cells
 from experiments.judgement import World, collapsed, fall, verdict
 from experiments.statistics import Contrast
-from experiments.study import FIRST_STAGE, FULL, REDUCED, TRIALS, TUNED
+from experiments.study import FIRST_STAGE, FULL, LAST_STAGES, REDUCED, TRIALS, TUNED, LastStage
+from mpo.config import DPOConfig, PPOConfig
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json
 from mpo.runtime.flags import parse
@@ -38,7 +39,7 @@ def row(policy: str, seed: int, gold: float, kl: float = 1.0, task: str = "hh", 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Instead of training: note what was asked for; a policy called "broken" fails."""
+    """Cells are recorded instead of trained. A policy called "broken" fails."""
     calls = []
 
     def run_cell(one):
@@ -59,7 +60,7 @@ def test_a_finished_cell_is_not_run_again(tmp_path, trained):
     assert len(read_results(results)) == 3
 
 
-def test_a_failed_cell_has_no_row_and_stops_no_other(tmp_path, trained, capsys):
+def test_a_failed_cell_has_no_row_and_does_not_stop_the_others(tmp_path, trained, capsys):
     results = tmp_path / "main.jsonl"
     assert run_cells([cell("broken"), cell("dpo")], results, 1) == 1
     assert [r["policy"] for r in read_results(results)] == ["dpo"]
@@ -73,20 +74,20 @@ def test_a_row_made_with_other_flags_is_not_taken_for_this_cell(tmp_path, traine
         run_cells([cell("dpo", DPO_FLAGS="--steps 4")], results, 1)
 
 
-def test_a_row_says_what_its_reward_model_knew(tmp_path):
+def test_a_row_says_how_good_its_reward_model_is(tmp_path):
     write_json(
         tmp_path / "manifest.json",
         {"results": {"held_out": {"accuracy": [0.71, 0.69, 0.73]}, "sft_reference_std": 0.5}},
     )
-    found = [("work", "rude", 1.0), ("home", "rude", 0.5), ("work", "repeat", 0.25)]
-    write_json(tmp_path / "probe.json", [{"kind": k, "mistake": m, "right_above": share} for k, m, share in found])
+    probed = [("work", "rude", 1.0), ("home", "rude", 0.5), ("work", "repeat", 0.25)]
+    write_json(tmp_path / "probe.json", [{"kind": k, "mistake": m, "right_above": share} for k, m, share in probed])
     assert grid.reward_model(tmp_path) == {"accuracy": 0.71, "spread": 0.5, "probe": {"repeat": 0.25, "rude": 0.75}}
 
 
 # --- the study -------------------------------------------------------------------------------------
 
 
-def test_the_protocol_says_what_the_plan_runs():
+def test_the_protocol_describes_the_study():
     page_ = (ROOT / "docs" / "protocol.md").read_text()
     assert "**Reported seeds**: " + ", ".join(map(str, FULL.seeds)) in page_
     assert f"**Tuning seed**: {FULL.tuning_seed}" in page_
@@ -99,11 +100,34 @@ def test_the_protocol_says_what_the_plan_runs():
     assert "--iterations 50" in FULL.ppo_unit
 
 
-def test_every_method_has_its_edge_and_its_flags():
-    edges = (ROOT / "schedules.mk").read_text()
+def test_the_page_defines_a_unit_and_the_seeds_as_the_study_does():
+    terms = (ROOT / "experiments" / "reasons" / "terms.md").read_text()
+    assert "320 DPO steps on 32 pairs each, or 50 PPO rollouts of 128 prompts each" in terms
+    assert (FULL.dpo_unit.split()[1], FULL.ppo_unit.split()[1]) == ("320", "50")
+    assert (DPOConfig.batch, PPOConfig.batch) == (32, 128)
+    assert "11, 12, 13, 14 and 15" in terms
+    assert FULL.seeds == (11, 12, 13, 14, 15)
+
+
+def test_the_results_page_has_all_of_its_prose():
+    page_ = (ROOT / "docs" / "results.md").read_text()
+    for path in (ROOT / "experiments" / "reasons").glob("*.md"):
+        assert path.read_text().strip() in page_, f"{path.name}: run python -m experiments.claims --grids page"
+
+
+def test_the_last_stages_are_those_of_the_schedules():
+    edges = re.findall(r"\(call (dpo|ppo), ([^)]+)\)", (ROOT / "Makefile").read_text())
+    schedules = {}
+    for kind, rest in edges:
+        method, model, *ref, rows = (part.strip() for part in rest.split(","))
+        schedules[method] = LastStage(kind, model, ref[0] if ref else model, rows)
+    assert set(LAST_STAGES) == set(FULL.methods) - {"sft"}
+    assert {method: schedules[method] for method in LAST_STAGES} == LAST_STAGES
+
+
+def test_every_method_has_its_flags():
     settings = {method: f"--lr {i}" for i, method in enumerate(TUNED)}
     for method in FULL.methods[1:]:
-        assert f"call dpo, {method}," in edges or f"call ppo, {method}," in edges
         flags = FULL.make_variables(settings, method)
         assert f"{method}_FLAGS" in flags
         if method in FIRST_STAGE:
@@ -120,11 +144,11 @@ def test_the_full_grid_has_every_cell_once(tmp_path):
     for cells in sizes.values():
         assert len({c.key for c in cells}) == len(cells)
         assert len({(c.run, c.policy) for c in cells}) == len(cells)
-    with pytest.raises(InputError, match="settle the settings first"):
+    with pytest.raises(InputError, match="run the tuning first"):
         claims.grid_cells(replace(FULL, results=tmp_path / "none"), "main")
 
 
-def test_ablate_flags():
+def test_ablate_makes_a_cell_of_each_variant_and_seed():
     config = parse(ablate.AblateConfig, ["--vary", "LOSS", "--values", "sigmoid, ipo", "--seeds", "4,5"])
     cells = ablate.cells_of(config)
     assert [(c.seed, c.variant, c.policy, c.variables) for c in cells] == [
@@ -167,9 +191,11 @@ def test_paths_run_through_the_first_stage():
     kept = {"80": {"kl": 0.5, "gold": 1.5, "reward": 0.0}}
     w = world(sft=[row("sft", 1, 1.0, 0.0)], dpo=[row("dpo", 1, 2.0, 1.0, path=kept)], mpo=[row("mpo", 1, 3.0, 2.0)])
     assert w.path("mpo", 1) == [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0), (2.0, 3.0)]
+    assert w.stages("mpo", 1) == [[(0.0, 1.0), (0.5, 1.5), (1.0, 2.0)], [(1.0, 2.0), (2.0, 3.0)]]
+    assert w.stages("dpo", 1) == [[(0.0, 1.0), (0.5, 1.5), (1.0, 2.0)]]
     assert fall([(0.0, 1.0), (1.0, 2.5), (2.0, 2.0)]) == 0.5
     contrast = judgement.equal_kl_contrast(w, ("mpo", "dpo"))
-    assert contrast.per_seed == {1: pytest.approx(0.0)}  # at KL 1 they are the same model
+    assert contrast.per_seed == {1: pytest.approx(0.0)}  # at KL 1 both are the same model
 
 
 def test_only_seeds_that_both_have_are_compared():
@@ -180,14 +206,14 @@ def test_only_seeds_that_both_have_are_compared():
     assert judgement.gold_contrast(w, ("dpo", "ppo")) is None
 
 
-def test_noise_is_judged_by_the_difference_of_losses():
+def test_noise_is_judged_by_the_difference_in_lost_gold():
     clean = {"mpo": [row("mpo", 1, 3.0)], "ppo-long": [row("ppo-long", 1, 2.0)]}
     noisy = {"mpo": [row("mpo", 1, 2.5)], "ppo-long": [row("ppo-long", 1, 1.0)]}
     w = World("hh", clean, {"0": clean, "0.3": noisy}, {}, {}, {})
     assert judgement.noise_contrast(w, "ppo-long", "0.3").interval[0] == pytest.approx(0.5)  # 1.0 - 0.5
 
 
-def test_collapses_are_named():
+def test_a_collapse_has_its_reasons():
     sft = [row("sft", 1, 1.0)]
     assert collapsed(row("ppo", 1, 1.5), sft) == ""
     assert collapsed(row("ppo", 1, 0.5), sft) == "gold 0.50 below SFT's 1.00"
@@ -200,9 +226,9 @@ def test_the_page_is_written_from_the_rows_alone(tmp_path):
     rng = np.random.default_rng(0)
     rows = [row(m, s, g + rng.normal(0, 0.01), kl=i) for s in (11, 12) for i, (m, g) in enumerate(golds.items())]
     (tmp_path / "main.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    rude = {"rude": 0.5, "repeat": 0.9}
-    knows = {11: {"accuracy": 0.7, "spread": 1.3, "probe": rude}, 12: {"accuracy": 0.6, "spread": 0.4, "probe": rude}}
-    noisy = [row("sft", s, 0.5) | {"grid": "noise", "variant": "0.3", "rm": knows[s]} for s in (12, 11)]
+    probe = {"rude": 0.5, "repeat": 0.9}
+    rms = {11: {"accuracy": 0.7, "spread": 1.3, "probe": probe}, 12: {"accuracy": 0.6, "spread": 0.4, "probe": probe}}
+    noisy = [row("sft", s, 0.5) | {"grid": "noise", "variant": "0.3", "rm": rms[s]} for s in (12, 11)]
     (tmp_path / "noise.jsonl").write_text("".join(json.dumps(r) + "\n" for r in noisy))
     priced = [row("mpo", s, 0.4) | {"grid": "price"} for s in (11, 12)]
     (tmp_path / "price.jsonl").write_text("".join(json.dumps(r) + "\n" for r in priced))
@@ -214,13 +240,15 @@ def test_the_page_is_written_from_the_rows_alone(tmp_path):
     assert line.split("|")[3].strip() == "holds"
     sweeps = text[text.index("## Sweeps, hh") :]
     along = next(line for line in sweeps.splitlines() if line.startswith("| mpo - dpo-all-long "))
-    assert along.split("|")[2].strip() == line.split("|")[2].strip()  # without noise, the main grid's
+    assert along.split("|")[2].strip() == line.split("|")[2].strip()  # without noise: the main grid's contrast
     assert along.split("|")[3].strip() == "-"
-    assert re.search(r"^\| mpo +\| 2.5\S+ .*\| - +\| 0.40 \[.*\|$", sweeps, re.M)  # none at 0.3 but the priced one
+    assert re.search(
+        r"^\| mpo +\| 2.5\S+ .*\| - +\| 0.40 \[.*\|$", sweeps, re.M
+    )  # at 0.3 mpo has only a row of the price grid
     assert re.search(r"\| price +\| mpo +\| 11 +\| gold 0.40 below SFT's 0.50", text)
     assert re.search(r"^\| 0.3 +\| 70 60 +\| 1.3 0.4 +\| rude 2 +\|$", sweeps, re.M)
     assert "1. MPO beats its parts" in text
-    assert "not run" in text  # what has no rows is said to be so
+    assert "not run" in text  # the verdict of a claim that has no rows
     assert "| dpo    | lr 1e-4 |" in text
     with pytest.raises(InputError, match="no rows yet"):
         page.write(replace(study, results=tmp_path / "none"))

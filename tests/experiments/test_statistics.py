@@ -1,4 +1,4 @@
-"""The statistics of the claims, by hand and by simulation."""
+"""The statistics of the claims, checked by hand and by simulation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def test_the_mean_weighs_seeds_alike_and_a_constant_has_no_interval():
 
 
 def test_the_interval_counts_both_seeds_and_prompts():
-    """Standard error of the mean of 5 seeds with variance 4, of 100 prompts each with variance 100:
-    sqrt((4 + 100/100) / 5) = 1; the interval's half-width, on average over worlds, is near 1.96 of it
-    (a little less: five seeds resampled show 4/5 of their variance)."""
+    """Five seeds with variance 4, each with 100 prompts of variance 100: the standard error of the mean is
+    sqrt((4 + 100/100) / 5) = 1. The half-width of the interval, averaged over trials, is a little below 1.96, since
+    five resampled seeds show only 4/5 of their variance."""
     rng = np.random.default_rng(3)
     widths = []
     for trial in range(60):
@@ -28,7 +28,17 @@ def test_the_interval_counts_both_seeds_and_prompts():
     assert 1.5 < np.mean(widths) < 2.1
 
 
-def test_verdicts():
+def test_five_seeds_with_one_value_each_cover_the_mean_about_83_percent_of_the_time():
+    rng = np.random.default_rng(7)
+    covered = []
+    for trial in range(600):
+        values = {seed: rng.normal(0, 1, 1) for seed in range(5)}
+        _, low, high = hierarchical_bootstrap(values, seed=trial, draws=500)
+        covered.append(low <= 0 <= high)
+    assert 0.79 < np.mean(covered) < 0.87  # sqrt(0.83 * 0.17 / 600) = 0.015
+
+
+def test_a_contrast_holds_fails_or_is_open():
     sure = {s: np.array([1.0, 1.1, 0.9]) for s in range(5)}
     assert contrast(sure).verdict == "holds"
     assert contrast({s: -v for s, v in sure.items()}).verdict == "fails"
@@ -36,7 +46,7 @@ def test_verdicts():
     assert contrast(sure).per_seed[3] == pytest.approx(1.0)
 
 
-def test_pairs_are_by_seed_and_prompt():
+def test_methods_are_paired_by_seed_and_prompt():
     ours = column([{"seed": 1, "golds": [1, 2]}, {"seed": 2, "golds": [5, 5]}], "golds")
     theirs = column([{"seed": 1, "golds": [1, 0]}], "golds")
     assert difference(ours, theirs)[1].tolist() == [0, 2]
@@ -44,7 +54,7 @@ def test_pairs_are_by_seed_and_prompt():
     assert list(difference(ours, theirs)) == [1]
 
 
-def test_a_path_and_gold_at_a_kl():
+def test_gold_at_a_kl_is_interpolated_along_the_path():
     row = {"kl": 2.0, "gold": 1.0, "path": {"160": {"kl": 1.5, "gold": 2.0}, "80": {"kl": 1.0, "gold": 1.5}}}
     points = path(row, [(0.0, 0.5)])
     assert points == [(0.0, 0.5), (1.0, 1.5), (1.5, 2.0), (2.0, 1.0)]
