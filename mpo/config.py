@@ -1,6 +1,6 @@
 """One frozen dataclass per stage. Its fields are the flags of the stage's script; see mpo/runtime/flags.py.
 
-The defaults are those of the built-in world's `hh` task. What a task or a variable of make changes is in tasks.mk.
+The defaults are those of the built-in world's `hh` task. What a task or a variable of make changes is in make/tasks.mk.
 """
 
 from __future__ import annotations

@@ -13,9 +13,6 @@ from mpo.runtime import distributed, signals
 from mpo.runtime.errors import Ending, InputError, RunError
 from mpo.runtime.flags import parse
 
-check_only = False
-"""Set by mpo.tools.check: every program ends once its flags have been checked."""
-
 
 def run(
     main: Callable[[Any], None],
@@ -36,8 +33,6 @@ def run(
         config: Any = parse(config_class, argv)
         if check:
             check(config)
-        if check_only:
-            return
         if getattr(config, "plan", False):
             if plan is None:
                 raise InputError("--plan: this stage has no memory plan (docs/extending.md)")

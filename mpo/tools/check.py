@@ -1,29 +1,46 @@
 """Check the flags of several stages before the first one runs: python -m mpo.tools.check < FILE
 
-Each line of the input is a command as it will be run later, such as `train_dpo.py --data ... --loss ipo`. Every script
-reads and checks its flags and stops there. The first mistake ends the program with the line that the stage itself
-would print.
+Each line of the input is a command as it will run later, such as `train_dpo.py --data ... --loss ipo`. The first
+mistake ends the program with the line that the stage itself would print.
 """
 
 from __future__ import annotations
 
-import runpy
+import importlib
 import shlex
 import sys
+from pathlib import Path
+from typing import Any
 
-from mpo.runtime import entry
+from mpo import config
+from mpo.runtime.entry import run_plain
+from mpo.runtime.errors import InputError
+from mpo.runtime.flags import parse
+
+CONFIGS: dict[str, type] = {
+    "prepare_data.py": config.DataConfig,
+    "train_tokenizer.py": config.TokenizerConfig,
+    "train_sft.py": config.SFTConfig,
+    "train_rm.py": config.RMConfig,
+    "split_data.py": config.SplitConfig,
+    "train_dpo.py": config.DPOConfig,
+    "train_ppo.py": config.PPOConfig,
+    "eval.py": config.EvalConfig,
+}
+"""A stage's script -> its config. Only these scripts are imported."""
 
 
 def main(argv: list[str]) -> None:
-    """Check the commands on standard input. Raises InputError (through the scripts) for the first mistake."""
-    entry.check_only = True
-    name = sys.argv[0]
-    for line in sys.stdin:
-        sys.argv = shlex.split(line)
-        if sys.argv:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-    sys.argv = [name]
+    """Check the commands on standard input. Raises InputError for the first mistake."""
+    for line in filter(str.strip, sys.stdin):
+        script, *flags = shlex.split(line)
+        if script not in CONFIGS:
+            raise InputError(f"{script}: not one of {', '.join(CONFIGS)}")
+        sys.argv[0] = script  # so that an error names the stage
+        values: Any = parse(CONFIGS[script], flags)
+        if check := getattr(importlib.import_module(Path(script).stem), "check", None):
+            check(values)
 
 
 if __name__ == "__main__":
-    entry.run_plain(main)
+    run_plain(main)

@@ -1,0 +1,64 @@
+# What is checked before anything runs: the names on the command line, then the flags of every stage.
+
+.PHONY: $(goals) FORCE
+
+# --- names -----------------------------------------------------------------------------------------
+# Make itself accepts any variable, and it would notice a wrong name in POLICIES only after training.
+
+stage_flags := $(addsuffix _FLAGS,DATA TOKENIZER SFT RM SPLIT DPO PPO EVAL $(folders) $(more_rms))
+run_takes   := TASK RUN DATA MODEL SEED LOSS POLICIES RMS FROM LORA BF16 NPROC SHARD DEVICE QUICK $(stage_flags)
+any_takes   := KERNELS PYTHON PIP CXX GOMP_SPINCOUNT SHELL
+
+# A goal takes the variables in GOAL_takes if there is such a line, and those of a run otherwise. A make that another
+# make or an experiment has started sees the variables of both.
+started := $(or $(MAKECMDGOALS),help)
+ifeq ($(MAKELEVEL),0)
+takes := $(any_takes) $(foreach goal,$(started),$(or $($(goal)_takes),$(run_takes)))
+else
+takes := $(any_takes) $(run_takes) $(foreach goal,$(goals),$($(goal)_takes)) python launch
+endif
+
+given        := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+wrong_name   := $(firstword $(filter-out $(takes) rm-%_FLAGS,$(given)))
+known_goals  := $(goals) $(addprefix policy-,data tokenizer sft rm $(more_rms) split eval $(folders))
+wrong_goals  := $(filter-out $(known_goals),$(started))
+wrong_goal   := $(firstword $(foreach goal,$(wrong_goals),$(if $(findstring /,$(goal)),,$(goal))))
+finished     := $(notdir $(patsubst %/manifest.json,%,$(wildcard $(addsuffix /*/manifest.json,$(RUN) $(FROM)))))
+wrong_policy := $(firstword $(filter-out sft $(folders) $(finished),$(POLICIES)))
+
+# $(call refuse,message,name,known names): stop, and suggest the nearest of the known names
+refuse  = $(error $(1); $(shell $(PYTHON) -c '$(suggest)' '$(2)' $(3))'make help' lists them)
+suggest = import sys; from difflib import SequenceMatcher as Match; name, *known = sys.argv[1:]; \
+          ratio = lambda a, b: Match(None, a, b).ratio(); \
+          best = max(known, key=lambda k: (ratio(k.lower(), name.lower()), ratio(k, name))); \
+          print(f"did you mean {best}? " if ratio(best.lower(), name.lower()) > 0.6 else "")
+
+ifdef wrong_name
+$(call refuse,$(wrong_name)=$($(wrong_name)): unknown variable of 'make $(started)',$(wrong_name),$(takes))
+endif
+ifdef wrong_goal
+$(call refuse,$(wrong_goal): unknown goal,$(wrong_goal),$(known_goals))
+endif
+ifdef wrong_policy
+$(call refuse,POLICIES=$(POLICIES): unknown policy $(wrong_policy),$(wrong_policy),sft $(folders))
+endif
+ifneq ($(filter-out rm rm-%,$(RMS)),)
+$(error RMS=$(RMS): must be names such as rm, rm-2, rm-3)
+endif
+
+# --- flags -----------------------------------------------------------------------------------------
+
+# A dry run prints the command of every stage that a folder needs. (Make runs a line with the word $(MAKE) even under
+# `make -n`, so the word is in a variable.)
+commands = $(MAKE) --dry-run --always-make --no-print-directory python=stage: launch= $(RUN)/$(1)/manifest.json
+
+# make check-mpo: check the flags of everything that mpo needs. Commands that were checked before are in .flags/.checked
+# and are not checked again.
+check-%: .venv/.ready
+	@case '$(NPROC)' in '' | 0 | *[!0-9]*) echo "make: NPROC=$(NPROC): must be a number of processes" >&2; exit 2;; esac
+	@checked=$(RUN)/.flags/.checked; [ $$checked -nt mpo/config.py ] || checked=/dev/null; \
+	all=$$($(call commands,$*) 2>&1) || { printf '%s\n' "$$all" | tail -n 1 >&2; exit 2; }; \
+	new=$$(printf '%s\n' "$$all" | sed -n 's/^stage: //p' | grep -vxFf $$checked) || exit 0; \
+	printf '%s\n' "$$new" | $(PY) -m mpo.tools.check || exit 2; \
+	mkdir -p $(RUN)/.flags; { cat $$checked; printf '%s\n' "$$new"; } > $(RUN)/.flags/.new; \
+	mv $(RUN)/.flags/.new $(RUN)/.flags/.checked

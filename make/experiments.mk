@@ -1,0 +1,32 @@
+# Comparisons over seeds (docs/experiments.md), and this project timed beside others (docs/benchmarks.md).
+
+goals += ablate claims bench
+
+# Compare losses, advantage estimators, splits, ...: GRID names a grid of experiments/ablate.py, or VARY and VALUES
+# name a make variable and its values. POLICY is the policy that is trained.
+ablate_takes := TASK GRID VARY VALUES POLICY SEEDS ABLATE_FLAGS NPROC SHARD DEVICE
+ablate: .venv/.figures
+	@$(PY) -m experiments.ablate --task $(TASK) $(if $(GRID),--grid '$(GRID)') $(if $(VARY),--vary '$(VARY)') \
+	    $(if $(VALUES),--values '$(VALUES)') $(if $(POLICY),--policy '$(POLICY)') $(if $(SEEDS),--seeds '$(SEEDS)') \
+	    $(ABLATE_FLAGS)
+
+claims_takes := REDUCED CLAIMS_FLAGS NPROC SHARD DEVICE
+claims: .venv/.figures
+	@$(PY) -m experiments.claims $(if $(REDUCED),--reduced true) $(CLAIMS_FLAGS)
+
+bench_takes := BENCH_FLAGS
+bench: .venv/.figures .peers/now/.done .peers/ppo/.done
+	@$(PY) -m benchmarks.run $(BENCH_FLAGS)
+	@$(PY) -m benchmarks.scaling --again true
+
+# The other projects, each version in an environment of its own
+.peers/now/.done:
+	$(PYTHON) -m venv .peers/now
+	.peers/now/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 trl==1.16.0 transformers==5.23.0 \
+	    cut-cross-entropy==25.1.1
+	@touch $@
+
+.peers/ppo/.done:
+	$(PYTHON) -m venv .peers/ppo
+	.peers/ppo/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 trl==0.23.1 transformers==4.57.1
+	@touch $@

@@ -1,0 +1,25 @@
+# `make` and `make help`: what can be run. The variables are printed from the comment at the top of the Makefile.
+
+goals += help
+.DEFAULT_GOAL := help
+
+define goals_help
+Mixed Preference Optimization: SFT, reward model, split by reward gap, DPO on easy pairs, PPO on hard prompts.
+
+  make hh, make tldr   run every stage on one of the paper's two tasks: about ten minutes on two cores
+  make policy-NAME     train one policy without an evaluation; the names are in the table of the Makefile
+  make chat STAGE=mpo  type to a model of the run
+  make report          print the report of the run again
+  make verify          hash every file of the run again: is any damaged, out of date or unfinished?
+  make data/hh-rlhf    download the official HH-RLHF files, which make hh then uses
+  make ablate          compare losses, estimators, splits, ... (GRID VARY VALUES POLICY SEEDS; docs/experiments.md)
+  make claims          put the paper's claims to the test: hours; REDUCED=1: minutes
+  make bench           time this project beside others
+  make setup           install everything in .venv; the other goals install what they need
+  make test, make lint; parity, sanitize, triton, fuzz, soak, oldest, lock, clean: see make/develop.mk
+
+endef
+
+help:
+	@: $(info $(goals_help))
+	@sed -n '/^# Variables/,/^$$/s/^# //p' Makefile

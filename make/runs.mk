@@ -1,0 +1,37 @@
+# What one does with a run: make it, talk to its models, look at its report, check its files.
+
+goals += hh tldr pipeline chat report verify data/hh-rlhf
+
+hh tldr:
+	@$(MAKE) --no-print-directory TASK=$@ pipeline
+
+pipeline: check-eval
+	@$(if $(FROM),$(share))
+	@echo "$(TASK): data = $(DATA), model = $(MODEL), run folder = $(RUN)$(if $(QUICK), (QUICK: the numbers mean nothing))"
+	@$(MAKE) --no-print-directory $(RUN)/eval/manifest.json
+	@$(PY) -m mpo.tools.report $(RUN)
+
+# One policy and what it needs, without an evaluation: make policy-reversed
+policy-%: check-%
+	@$(if $(FROM),$(share))
+	@$(MAKE) --no-print-directory $(RUN)/$*/manifest.json
+
+# FROM: link the finished stages of another run and copy their flags. A stage that is run again gets its own folder.
+share = mkdir -p $(RUN)/.flags; for manifest in $(FROM)/*/manifest.json; do \
+	    stage=$$(basename $$(dirname $$manifest)); [ -e $(RUN)/$$stage ] || [ $$stage = eval ] || { \
+	    ln -s $$(realpath $(FROM)/$$stage) $(RUN)/$$stage; cp -p $(FROM)/.flags/$$stage $(RUN)/.flags/; }; done
+
+chat_takes := TASK RUN STAGE
+STAGE      ?= mpo
+chat: .venv/.ready
+	@$(PY) chat.py --model $(RUN)/$(STAGE) --task $(TASK)
+
+report: .venv/.runtime
+	@$(PY) -m mpo.tools.report $(RUN)
+
+verify: .venv/.runtime
+	@$(PY) -m mpo.tools.verify $(RUN)
+
+data/hh-rlhf_takes := MPO_HH_URL
+data/hh-rlhf: .venv/.runtime FORCE
+	@$(PY) -m mpo.tools.download $@

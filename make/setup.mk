@@ -1,0 +1,43 @@
+# The virtual environment .venv, step by step. A goal sets up what it needs; `make setup` sets up everything at once.
+
+goals += setup
+
+PYTHON ?= python3
+PIP    ?= .venv/bin/pip --disable-pip-version-check
+PY     := .venv/bin/python
+
+setup: .venv/.dev
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 setup"; exit 2; }
+	$(PYTHON) -m venv .venv
+
+# Everything that is installed has a version and a hash in requirements/lock.txt.
+locked = $(PY) requirements/pick.py $(1) > .venv/$(1).txt && $(PIP) install --quiet --require-hashes -r .venv/$(1).txt
+
+.venv/.runtime: pyproject.toml $(wildcard requirements/*.*) | .venv/bin/python
+	$(call locked,runtime)
+	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The compiled kernels. Without a compiler everything works, more slowly.
+.venv/.ready: .venv/.runtime $(wildcard kernels/cpp/*) kernels/build.py
+	@$(PY) kernels/build.py
+	@touch $@
+
+.venv/.figures: .venv/.ready
+	$(call locked,figures)
+	@touch $@
+
+.venv/.dev: .venv/.ready
+	$(call locked,dev)
+	@touch $@
+
+.venv/.parity: .venv/.dev
+	$(call locked,parity)
+	@touch $@
+
+.venv/.gpu: .venv/.dev
+	$(call locked,gpu)
+	@touch $@

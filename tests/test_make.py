@@ -1,0 +1,222 @@
+"""The Makefile: its help, what it refuses before anything runs, and the commands that it runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpo import config
+from mpo.runtime.flags import parse
+from tests.support.scripts import ROOT
+
+FILES = [ROOT / "Makefile", *sorted((ROOT / "make").glob("*.mk"))]
+PAGE = (ROOT / "docs" / "pipeline.md").read_text()
+STAGES = {
+    "prepare_data.py": config.DataConfig,
+    "train_tokenizer.py": config.TokenizerConfig,
+    "train_sft.py": config.SFTConfig,
+    "train_rm.py": config.RMConfig,
+    "split_data.py": config.SplitConfig,
+    "train_dpo.py": config.DPOConfig,
+    "train_ppo.py": config.PPOConfig,
+    "eval.py": config.EvalConfig,
+}
+
+needs_venv = pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="make runs the stages with .venv")
+
+
+def make(*words: object, cwd: Path = ROOT, level: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run make as from a terminal, even if make runs the tests; level 1 is a make that another make has started."""
+    env = {name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS") if name in os.environ}
+    env |= {"MAKELEVEL": str(level)} if level else {}
+    command = ["make", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def commands(*variables: object) -> list[str]:
+    """The commands of all stages of a run in runs/hh, from a dry run."""
+    done = make("-nB", "DATA=builtin", *variables, "runs/hh/eval/manifest.json")
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if " --out runs/" in line]
+
+
+def resolved(command: str) -> tuple[str, dict[str, object]]:
+    """A command's script, and the value of each of its flags. Make alone passes --overwrite and names the preset."""
+    script, *flags = (word for word in shlex.split(command) if not word.endswith("python"))
+    values = vars(parse(STAGES[script], flags)) | {"overwrite": None}
+    return script, values | ({"model": None} if script == "train_tokenizer.py" else {})
+
+
+def test_bare_make_prints_the_help_and_starts_nothing(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(ROOT / "make", tmp_path / "make")
+    done = make(cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "make hh" in done.stdout
+    assert len(done.stdout.splitlines()) <= 35
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["Makefile", "make"]
+    assert make("help", cwd=tmp_path).stdout == done.stdout
+
+
+def test_the_help_names_every_goal_and_every_variable():
+    shown = make("help").stdout
+    texts = [path.read_text() for path in FILES]
+    goals = {goal for text in texts for line in re.findall(r"^goals \+= (.*)", text, re.M) for goal in line.split()}
+    assert {"hh", "verify", "bench", "setup", "soak"} <= goals
+    taken = " ".join(re.findall(r"^run_takes +:= (.*)", "\n".join(texts), re.M)).split()
+    assert "SHARD" in taken
+    names = (goals | set(taken)) - {"help", "pipeline", "$(stage_flags)"}
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", shown)] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hh", "Quick=1"], "Quick=1: unknown variable of 'make hh'; did you mean QUICK?"),
+        (["hh", "POLICY=dpo"], "POLICY=dpo: unknown variable of 'make hh'; did you mean POLICIES?"),
+        (
+            ["tldr", "dpoo_FLAGS=--beta 1"],
+            "dpoo_FLAGS=--beta 1: unknown variable of 'make tldr'; did you mean dpo_FLAGS?",
+        ),
+        (["policy-mpo", "SED=2"], "did you mean SEED?"),
+        (["hh", "KILLS=3"], "KILLS=3: unknown variable of 'make hh'"),
+        (["ablate", "POLICIES=mpo"], "did you mean POLICY?"),
+        (["ablate", "LOSS=ipo"], "LOSS=ipo: unknown variable of 'make ablate'"),
+        (["Seed=2"], "Seed=2: unknown variable of 'make help'; did you mean SEED?"),
+        (["tests"], "tests: unknown goal; did you mean test?"),
+        (["policy-revresed"], "policy-revresed: unknown goal; did you mean policy-reversed?"),
+        (["hh", "POLICIES=sft mpoo"], "unknown policy mpoo; did you mean mpo?"),
+        (["hh", "RMS=rm better"], "RMS=rm better: must be names such as rm, rm-2, rm-3"),
+        (["hh", "RUN=two words"], "RUN=two words: must be one word"),
+    ],
+)
+def test_a_wrong_name_is_refused_in_one_line_with_the_nearest(words, message):
+    done = make(*words)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["hh", "dpo-all_FLAGS=--beta 0.1", "rm-2_FLAGS=--lr 1e-4", "KERNELS=reference", "PYTHON=python3"],
+        ["ablate", "POLICY=mpo", "SEEDS=1", "TASK=tldr"],
+        ["soak", "KILLS=1", "CASES=9"],
+        ["claims", "REDUCED=1", "CLAIMS_FLAGS=--grids page"],
+    ],
+)
+def test_a_goal_takes_its_own_variables(words):
+    done = make("-n", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_makes_of_an_experiment_see_its_variables_but_no_unknown_ones():
+    variables = ["GRID=losses", "POLICY=mpo", "RUN=runs/x", "LOSS=ipo", "mpo_FLAGS=--lr 1e-4"]
+    assert make("-n", "policy-mpo", *variables, level=1).returncode == 0
+    done = make("-n", "policy-mpo", *variables, "PPO_FLAG=--lr 1", level=1)
+    assert done.returncode == 2
+    assert "did you mean PPO_FLAGS?" in done.stderr
+
+
+@needs_venv
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("LORA=yes", "train_rm.py: error: argument --lora_rank: invalid int value: 'yes'"),
+        ("LOSS=sgimoid", "train_dpo.py: error: --loss sgimoid: unknown loss 'sgimoid'; did you mean sigmoid?"),
+        ("mpo_FLAGS=--lr fast", "train_ppo.py: error: argument --lr: invalid float value: 'fast'"),
+        ("EVAL_FLAGS=--promts 9", "eval.py: error: unknown flag --promts; did you mean --prompts?"),
+        ("NPROC=two", "make: NPROC=two: must be a number of processes"),
+    ],
+)
+def test_a_wrong_flag_of_any_stage_is_refused_before_the_first_one(tmp_path, variable, message):
+    run = tmp_path / "run"
+    done = make("-o", ".venv/.ready", "pipeline", f"RUN={run}", variable)
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not run.exists()
+
+
+@needs_venv
+def test_a_stage_prints_the_command_it_runs_and_is_not_run_again(tmp_path):
+    words = ("-o", ".venv/.ready", "policy-data", f"RUN={tmp_path}", "QUICK=1", "DATA=builtin")
+    done = make(*words)
+    assert done.returncode == 0, done.stderr
+    command, told = done.stdout.splitlines()
+    assert command.startswith(f".venv/bin/python prepare_data.py --out {tmp_path}/data ")
+    assert told.startswith("data: 400 training and 40 test pairs")
+    manifest, checked = tmp_path / "data" / "manifest.json", tmp_path / ".flags" / ".checked"
+    stamps = [path.stat().st_mtime_ns for path in (manifest, checked)]
+    assert make(*words).stdout == ""
+    assert stamps == [path.stat().st_mtime_ns for path in (manifest, checked)]
+    again = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert again.stdout.strip() == told
+
+
+def test_the_commands_on_the_page_are_those_of_make_hh():
+    page = [line for line in PAGE.splitlines() if line.startswith("python ")]
+    assert len(page) == 8
+    assert [resolved(line) for line in page] == [resolved(line) for line in commands()]
+    lines = "\n".join(line.removeprefix("python ") for line in page)
+    done = subprocess.run(
+        [sys.executable, "-m", "mpo.tools.check"], cwd=ROOT, input=lines, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_presets_on_the_page_are_those_of_make():
+    pattern = re.compile(r"^(\w+) += (--.*)$", re.M)
+    lines = pattern.findall((ROOT / "make" / "tasks.mk").read_text())
+    assert lines == pattern.findall(PAGE)
+    assert {name.rpartition("_")[0] for name, _ in lines} == {"hh", "tldr", "hh_files", "tldr_files", "quick"}
+    stages = {name.rpartition("_")[2] for name, _ in lines}
+    assert stages == {"data", "tokenizer", "sft", "rm", "split", "dpo", "ppo", "eval"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "script", "flags"),
+    [
+        (["TASK=tldr"], "train_sft.py", {"epochs": 2.0, "max_prompt": 384}),
+        (["TASK=tldr", "QUICK=1"], "train_sft.py", {"epochs": 1.0}),
+        (["TASK=tldr", "QUICK=1", "SFT_FLAGS=--epochs 5"], "train_sft.py", {"epochs": 5.0}),
+        (["TASK=tldr", "DATA=rows.jsonl"], "split_data.py", {"max_prompt": 640}),
+        (["DATA=rows.jsonl"], "prepare_data.py", {"data": "rows.jsonl", "train": 0, "test": 0}),
+        (["LORA=4"], "train_sft.py", {"lora_rank": 0}),
+        (["LORA=4"], "train_rm.py", {"lora_rank": 4}),
+        (["BF16=1", "DEVICE=cpu", "SHARD=1"], "eval.py", {"precision": "bf16-mixed", "device": "cpu", "shard": True}),
+        (["DPO_FLAGS=--beta 1 --steps 2", "dpo_FLAGS=--beta 3"], "train_dpo.py", {"beta": 3.0, "steps": 2}),
+        (["RMS=rm rm-2"], "split_data.py", {"rm": "runs/hh/rm,runs/hh/rm-2"}),
+        (["POLICIES=sft mpo"], "eval.py", {"policies": "sft=runs/hh/sft,mpo=runs/hh/mpo"}),
+    ],
+)
+def test_what_a_variable_changes(variables, script, flags):
+    found = dict(resolved(line) for line in commands("RUN=runs/hh", *variables))
+    assert {name: found[script][name] for name in flags} == flags
+
+
+def test_more_reward_models_differ_in_their_seed_and_may_have_flags_of_their_own():
+    lines = [line for line in commands("RMS=rm rm-2 rm-3", "SEED=4", "rm-3_FLAGS=--lr 1e-4") if "train_rm.py" in line]
+    values = [resolved(line)[1] for line in lines]
+    assert [(v["out"], v["seed"], v["lr"]) for v in values] == [
+        ("runs/hh/rm", 4, 3e-4),
+        ("runs/hh/rm-2", 402, 3e-4),
+        ("runs/hh/rm-3", 403, 1e-4),
+    ]
+
+
+def test_several_processes_are_started_by_the_launcher():
+    lines = commands("NPROC=2", "KERNELS=reference")
+    start = "MPO_KERNELS=reference .venv/bin/python"
+    assert lines[1].startswith(f"{start} train_tokenizer.py ")
+    assert lines[2].startswith(f"{start} -m mpo.runtime.launch 2 train_sft.py ")
