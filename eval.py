@@ -1,4 +1,4 @@
-"""Stage 7: sample every policy on held-out prompts, and compare rewards, win rates, KL, lengths and samples."""
+"""Stage 8: sample every policy on held-out prompts, and compare rewards, win rates, KL, lengths and samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 0: make or read preference data, and write it as rows: one split for training, one for testing."""
+"""Stage 1: make or read preference data, and write it as rows: one split for training, one for testing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 4: score every training pair with the reward model, and split the pairs by their reward gap."""
+"""Stage 5: score every training pair with the reward model, and split the pairs by their reward gap."""
 
 from __future__ import annotations
 

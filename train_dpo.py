@@ -1,4 +1,4 @@
-"""Stage 5: preference optimisation on pairs; in MPO, on the easy ones, with the SFT model as reference."""
+"""Stage 6: preference optimisation on pairs; in MPO, on the easy ones, with the SFT model as reference."""
 
 from __future__ import annotations
 

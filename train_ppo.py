@@ -1,4 +1,4 @@
-"""Stage 6: PPO on prompts; in MPO, on those of the hard pairs, from the DPO model and with it as reference.
+"""Stage 7: PPO on prompts; in MPO, on those of the hard pairs, from the DPO model and with it as reference.
 
 `--ref` makes it MPO or not: the DPO model for MPO, the SFT model for vanilla PPO.
 """
@@ -81,7 +81,7 @@ def main(config: PPOConfig) -> None:
     bar = progress(range(done, config.iterations), stage.name, done)
     batches = itertools.islice(prompt_batches(pairs, config), done, None)
     for iteration, batch in zip(bar, batches, strict=False):
-        kl_coef, untouched = state["kl_coef"], True
+        kl_coef, unchanged = state["kl_coef"], True  # unchanged: no weight has been updated yet
         try:
             # 1. Sample responses, and score them with every model; check that sampling and scoring agree.
             draw, prompts = generator(config.seed, "rollout", iteration), [p.prompt for p in batch]
@@ -90,11 +90,11 @@ def main(config: PPOConfig) -> None:
             credit = assign_credit(rollout, kl_coef, config)
             metrics = rollout_metrics(rollout, credit) | {"kl_coef": kl_coef}
             # 3. Update policy and critic in minibatches.
-            untouched = False
+            unchanged = False
             metrics |= update(learner, Experience(rollout, credit, kl_coef), iteration, config)
         except NotFinite as e:
             ids = [{"id": p.row.id, "prompt": p.prompt} for p in batch]
-            raise failure(stage, iteration, e, ids, saves.before(iteration, state) if untouched else None) from None
+            raise failure(stage, iteration, e, ids, saves.before(iteration, state) if unchanged else None) from None
         # 4. Adapt the price of KL for the next rollout.
         kl_coef = next_kl_coef(kl_coef, metrics["kl_k1"], config.kl_target, config.kl_horizon, config.batch)
         stage.log(iteration, metrics)

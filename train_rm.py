@@ -1,4 +1,4 @@
-"""Stage 3: the reward model, a scalar head on the trunk of the SFT model, trained with the Bradley-Terry loss."""
+"""Stage 4: the reward model, a scalar head on the trunk of the SFT model, trained with the Bradley-Terry loss."""
 
 from __future__ import annotations
 

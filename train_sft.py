@@ -1,4 +1,4 @@
-"""Stage 2: supervised fine-tuning on the chosen responses, from scratch or from a trained model."""
+"""Stage 3: supervised fine-tuning on the chosen responses, from scratch or from a trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 1: train a tokenizer on the training split, or copy that of a model."""
+"""Stage 2: train a tokenizer on the training split, or copy that of a model."""
 
 from __future__ import annotations
 

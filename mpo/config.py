@@ -183,7 +183,7 @@ class PPOConfig(Training):
     group: int = 1  # responses to each prompt of a rollout; must divide batch
 
     # Reward and advantage
-    kl_coef: float = 0.05  # beta: the price of one nat of KL to the reference, per token
+    kl_coef: float = 0.05  # beta: the price of one nat of KL to the reference, charged at each token
     missing_eos_penalty: float = 1.0  # subtracted from the score of an unfinished response
     kl_in: Literal["reward", "loss"] = "reward"  # where the KL is charged
     kl_estimator: Literal["k1", "k2", "k3", "exact"] = "k1"  # how the KL of a token is estimated

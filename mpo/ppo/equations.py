@@ -75,7 +75,7 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def _groups(rewards: Tensor, group: int) -> Tensor:
-    """(B, R) -> (B/group, group): the sum of rewards of each response; responses to one prompt are adjacent."""
+    """(B, R) -> (B/group, group): each response's return G, its sum of rewards. Responses to a prompt are adjacent."""
     return rewards.sum(1).view(-1, group)
 
 
@@ -85,21 +85,21 @@ def _per_token(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def rloo(rewards: Tensor, mask: Tensor, group: int) -> Tensor:
-    """Leave-one-out baseline: A_i = R_i - mean of the other responses' R. Source: 2402.14740."""
-    R = _groups(rewards, group)
-    return _per_token((R - R.mean(1, keepdim=True)) * group / (group - 1), mask)
+    """Leave-one-out baseline: A_i = G_i - mean of the other responses' G. Source: 2402.14740."""
+    G = _groups(rewards, group)
+    return _per_token((G - G.mean(1, keepdim=True)) * group / (group - 1), mask)
 
 
 def grpo(rewards: Tensor, mask: Tensor, group: int) -> Tensor:
-    """Relative to the group: A_i = (R_i - mean R) / std R. Source: 2402.03300."""
-    R = _groups(rewards, group)
-    return _per_token((R - R.mean(1, keepdim=True)) / (R.std(1, keepdim=True) + 1e-4), mask)
+    """Relative to the group: A_i = (G_i - mean G) / std G. Source: 2402.03300."""
+    G = _groups(rewards, group)
+    return _per_token((G - G.mean(1, keepdim=True)) / (G.std(1, keepdim=True) + 1e-4), mask)
 
 
 def dr_grpo(rewards: Tensor, mask: Tensor, group: int) -> Tensor:
-    """GRPO without the division by std: A_i = R_i - mean R. Source: 2503.20783."""
-    R = _groups(rewards, group)
-    return _per_token(R - R.mean(1, keepdim=True), mask)
+    """GRPO without the division by std: A_i = G_i - mean G. Source: 2503.20783."""
+    G = _groups(rewards, group)
+    return _per_token(G - G.mean(1, keepdim=True), mask)
 
 
 def reinforce_pp(rewards: Tensor, mask: Tensor, group: int) -> Tensor:
@@ -115,9 +115,10 @@ CRITIC_FREE = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo, "reinforce++": re
 
 
 def policy_losses(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate of each token: -min(w A, clamp(w, 1 - clip, 1 + clip) A), w = pi / pi_old. 1707.06347, eq. 7.
+    """Clipped surrogate: -min(w A, clamp(w, 1 - clip, 1 + clip) A) with w = pi / pi_old. Source: 1707.06347, eq. 7.
 
-    Returns losses (B, R) and metrics of each token: ratio w, whether it was clipped, approximate KL to the old policy.
+    Returns losses (B, R) and metrics of each token: the ratio w, whether w is outside the range (it still has a gradient
+    where clipping would help it: A > 0 below, A < 0 above), and an approximate KL to the old policy.
     """
     log_ratio = logp - old_logp
     ratio = log_ratio.exp()
@@ -132,7 +133,7 @@ def policy_losses(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: floa
 
 
 def value_losses(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """Clipped squared error of each token: 1/2 max((V - R)^2, (V_clipped - R)^2). Source: 2005.12729."""
+    """Clipped squared error of each token: 1/2 max((V - G)^2, (V_clipped - G)^2), G the return. Source: 2005.12729."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
@@ -165,6 +166,6 @@ def next_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, respo
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 - Var(R - V) / Var(R): 1 for a perfect critic, 0 for one that knows only the mean."""
-    v, r = values[mask], returns[mask]
-    return float(1 - (r - v).var(correction=0) / r.var(correction=0).clamp(min=1e-8))
+    """1 - Var(G - V) / Var(G): 1 for a perfect critic, 0 for one that knows only the mean return."""
+    v, g = values[mask], returns[mask]
+    return float(1 - (g - v).var(correction=0) / g.var(correction=0).clamp(min=1e-8))

@@ -23,7 +23,7 @@ def rollout_metrics(rollout: Rollout, credit: Credit) -> dict[str, float]:
         "score_std": float(rollout.scores.std()),
         "kl_k1": float(k1.sum(1).mean()),
         "kl_k3": float(k3.sum(1).mean()),
-        "kl_exact": float(rollout.kl.sum(1).mean()),
+        "kl_exact": float(rollout.kl_exact.sum(1).mean()),
         "entropy": float(masked_mean(rollout.entropy, mask)),
         "length": float(length.mean()),
         "eos_rate": float(rollout.finished.float().mean()),

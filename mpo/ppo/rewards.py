@@ -15,8 +15,8 @@ from mpo.ppo.rollout import Rollout
 class Credit:
     """How the scores of a rollout are credited to its tokens. Every tensor is kept, so that it can be looked at."""
 
-    scores: Tensor  # (B,): the reward model's score, less the penalty of a response without EOS
-    kl: Tensor  # (B, R): the KL estimate of each token
+    penalised_scores: Tensor  # (B,): the reward model's score, less the penalty of a response without EOS
+    kl: Tensor  # (B, R): the estimate of each token's KL that is charged (--kl_estimator)
     rewards: Tensor  # (B, R)
     deltas: Tensor | None  # (B, R): TD errors; None without a critic
     advantages: Tensor  # (B, R): what the estimator gives
@@ -29,8 +29,9 @@ def assign_credit(rollout: Rollout, kl_coef: float, config: PPOConfig) -> Credit
     mask = rollout.mask
     scores = penalised_scores(rollout.scores, rollout.finished, config.missing_eos_penalty)  # (B,)
     exact = config.kl_estimator == "exact"
-    kl = rollout.kl if exact else kl_estimate(rollout.logp, rollout.ref_logp, config.kl_estimator)  # (B, R)
-    rewards = shape_rewards(scores, kl, mask, kl_coef if config.kl_in == "reward" else 0.0)  # (B, R)
+    kl = rollout.kl_exact if exact else kl_estimate(rollout.logp, rollout.ref_logp, config.kl_estimator)  # (B, R)
+    price = kl_coef if config.kl_in == "reward" else 0.0  # with --kl_in loss, update.py charges the KL
+    rewards = shape_rewards(scores, kl, mask, price)  # (B, R)
     if rollout.values is None:
         advantages = CRITIC_FREE[config.advantage](rewards, mask, config.group)  # (B, R)
         return Credit(scores, kl, rewards, None, advantages, None, advantages)

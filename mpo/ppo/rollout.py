@@ -31,13 +31,13 @@ TOLERANCE_BF16 = 0.5
 
 @dataclass(frozen=True)
 class Rollout:
-    """One response to each of B prompts, with what the models say of each token. (B, R) tensors are 0 where masked."""
+    """B responses, with what the models say of each token. A prompt may have several (--group). Masked values are 0."""
 
     batch: Batch
     mask: Tensor  # (B, R): True on response tokens
     logp: Tensor  # (B, R): under the policy that sampled
     ref_logp: Tensor  # (B, R): under the reference
-    kl: Tensor  # (B, R): KL(policy || reference), exact, over the whole vocabulary
+    kl_exact: Tensor  # (B, R): KL(policy || reference), summed over the whole vocabulary
     entropy: Tensor  # (B, R): of the policy
     values: Tensor | None  # (B, R): the critic's, of the state before each token; None without a critic
     scores: Tensor  # (B,): the reward model's, before any penalty
@@ -80,22 +80,23 @@ def roll_out(
     batch = make_batch(list(zip(prompts, samples.responses, strict=True)))
     B, R = batch.response_mask.shape
     local, here = distributed.local_rows(B), device.current()
-    names = ("logp", "ref_logp", "kl", "entropy", "values")
+    names = ("logp", "ref_logp", "kl_exact", "entropy", "values")
     columns = {name: torch.zeros(len(local), R, device=here) for name in names}
     scores = torch.zeros(len(local), device=here)
     for begin in range(0, len(local), microbatch):
         at = slice(begin, begin + microbatch)
         part = batch.rows(local[at])
         hidden = response_hidden(policy, part)
-        measured = compare(policy, ref, part, sampling.temperature, hidden)._asdict()
-        measured |= {} if critic is None else {"values": state_values(critic, part, hidden)}
-        for name in columns.keys() & measured.keys():
-            columns[name][at, : measured[name].shape[1]] = measured[name]
+        tokens = compare(policy, ref, part, sampling.temperature, hidden)
+        values = torch.zeros_like(tokens.logp) if critic is None else state_values(critic, part, hidden)
+        of_part = tokens.logp, tokens.ref_logp, tokens.kl, tokens.entropy, values
+        for column, values_of_part in zip(columns.values(), of_part, strict=True):
+            column[at, : values_of_part.shape[1]] = values_of_part
         scores[at] = score(rm, part)
     scores = distributed.all_gather(scores, B)
     columns = {name: distributed.all_gather(column, B) for name, column in columns.items()}
-    for name, values in (("the reward model's score", scores), *columns.items()):
-        if bad := not_finite(values, range(B)):
+    for name, column in (("the reward model's score", scores), *columns.items()):
+        if bad := not_finite(column, range(B)):
             raise NotFinite(name, bad)
     mask, finished = batch.response_mask, torch.tensor(samples.finished).to(here)
     sampled = torch.cat([torch.tensor(x) for x in samples.logps]).to(here)

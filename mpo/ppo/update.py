@@ -43,7 +43,8 @@ def policy_terms(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The policy's loss of each token (b, R) in some rows of the rollout, with metrics.
 
-    With `first`, no weight has changed since the rollout: its log-probs must come out again, and every ratio be 1.
+    With `first`, no weight has changed since the rollout. The log-probs computed here must then equal the rollout's,
+    and every ratio must be 1.
     """
     R = batch.response_mask.shape[1]
     rollout = experience.rollout
@@ -58,7 +59,7 @@ def policy_terms(
     if first:
         check_agreement(logp.detach()[mask], old_logp[mask], "the rollout and its first update")
     losses, metrics = policy_losses(logp, old_logp, experience.credit.loss_advantages[index, :R], config.clip)
-    metrics["policy_loss"] = losses.detach()
+    metrics["policy_loss"] = losses.detach()  # without the KL
     return losses + experience.kl_coef * kl, metrics
 
 
@@ -122,6 +123,7 @@ def update(learner: Learner, experience: Experience, iteration: int, config: PPO
     for model in learner.models:
         model.train()
     share = learning_rate(iteration, config.iterations, 1.0, config.warmup, config.final_lr)
+    # While only the critic learns, the policy's steps have size 0: Adam's moments fill, and the weights stay.
     policy_lr = 0.0 if learner.critic and iteration < config.critic_warmup else share * config.lr
     sums: Counter[str] = Counter()  # of floats
     steps = 0

@@ -41,12 +41,12 @@ def test_every_quantity_matches_a_loop(estimator, kl_in):
     everything = []  # (row, column, advantage)
     for b, length in enumerate(LENGTHS):
         score = rollout.scores[b].item() - (0.7 if b == 3 else 0.0)
-        assert credit.scores[b].item() == pytest.approx(score, abs=1e-6)
+        assert credit.penalised_scores[b].item() == pytest.approx(score, abs=1e-6)
         value = [rollout.values[b, t].item() for t in range(length)] + [0.0]
         reward, delta = [], []
         for t in range(length):
             k1 = rollout.logp[b, t].item() - rollout.ref_logp[b, t].item()
-            kl = {"k1": k1, "k2": k1 * k1 / 2, "k3": math.exp(-k1) - 1 + k1, "exact": rollout.kl[b, t].item()}[
+            kl = {"k1": k1, "k2": k1 * k1 / 2, "k3": math.exp(-k1) - 1 + k1, "exact": rollout.kl_exact[b, t].item()}[
                 estimator
             ]
             assert credit.kl[b, t].item() == pytest.approx(kl, rel=1e-5, abs=1e-5)
