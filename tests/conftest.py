@@ -1,4 +1,4 @@
-"""Small things that many tests need."""
+"""Fixtures and helpers that many tests share: a small model, a tokenizer, and a finished run of the pipeline."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.support.scripts import ROOT, run_script
 SHARED = ROOT.parent / "shared"
 STORIES = SHARED / "models" / "stories260K"
 
-WORKER = "PYTEST_XDIST_WORKER" in os.environ  # one of several at work: a core for each, and for what it starts
-if WORKER:
+WORKER = "PYTEST_XDIST_WORKER" in os.environ  # True in a worker process of pytest-xdist
+if WORKER:  # each worker uses one core, and so does every process that it starts
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 
@@ -27,8 +27,8 @@ needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the real small 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not on this machine")
 
 
-def small_config(**more: object) -> LlamaConfig:
-    """A model of odd sizes, so that a mixed-up dimension shows."""
+def small_config(**changes: object) -> LlamaConfig:
+    """The config of a small model. Its sizes are unusual, so that code that mixes up two dimensions fails."""
     sizes = {
         "vocab_size": 61,
         "hidden_size": 24,
@@ -38,12 +38,12 @@ def small_config(**more: object) -> LlamaConfig:
         "num_key_value_heads": 2,
         "head_dim": 6,
     }
-    return LlamaConfig(**{**sizes, **more})  # type: ignore[arg-type]
+    return LlamaConfig(**{**sizes, **changes})  # type: ignore[arg-type]
 
 
-def small_model(seed: int = 0, **more: object) -> Llama:
+def small_model(seed: int = 0, **changes: object) -> Llama:
     """A random model with weights large enough that its predictions are far from uniform."""
-    model = Llama(small_config(**more))
+    model = Llama(small_config(**changes))
     initialise(model, generator(seed, "test"))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,7 +54,7 @@ def small_model(seed: int = 0, **more: object) -> Llama:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """A tokenizer trained on a little of the hh world."""
+    """A tokenizer trained on a small sample of the hh world."""
     rows = build("hh", seed=3, train=200, test=4)["train"]
     return train_tokenizer((t for r in rows for t in (r.prompt, r.chosen, r.rejected)), 700, seed=1)
 
@@ -63,7 +63,7 @@ SMALL = ("--batch", 8, "--microbatch", 8, "--threads", 1)
 
 
 def run_pipeline(run: Path, task: str, seed: int = 1) -> None:
-    """What `make hh` does, at the smallest size at which every path is taken."""
+    """Run the stages of `make hh`, at the smallest size that still takes every path."""
 
     def stage(script: str, name: str, *args: object) -> None:
         run_script(script, "--out", run / name, "--seed", seed, *args)
@@ -87,12 +87,12 @@ def run_pipeline(run: Path, task: str, seed: int = 1) -> None:
 
 @pytest.fixture(scope="session")
 def hh_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of the hh world, that no test changes; workers share it."""
+    """A finished run on the hh world. All workers share it, so no test may change it."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if WORKER else base
     run = base / "hh"
     with (base / "hh.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
         if not (run / "eval" / "manifest.json").exists():
             run_pipeline(run, "hh")
     return run

@@ -1,4 +1,4 @@
-"""What is installed has a version and a hash, and each purpose gets what it needs."""
+"""Every installed package is pinned by version and hash, and each purpose gets the packages that it needs."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ other==1 \\
 """
 
 
-def test_what_one_purpose_needs():
+def test_a_purpose_gets_its_packages_and_all_that_these_need():
     packages = pick.blocks(LOCK)
     assert set(packages) == {"direct", "deep", "deeper", "other"}
-    assert packages["deep"].count("--hash") == 2  # both versions
+    assert packages["deep"].count("--hash") == 2  # one for each version
     assert pick.needed(packages, {"direct"}) == {"direct", "deep", "deeper"}
     assert pick.needed(packages, {"other"}) == {"other"}
 
 
-def test_the_lock_has_a_hash_for_everything_and_what_each_purpose_asks_for():
+def test_the_lock_has_hashes_of_all_packages_and_all_packages_of_each_purpose():
     text = pick.LOCK.read_text()
     packages = pick.blocks(text)
     for name, block in packages.items():
@@ -57,12 +57,12 @@ def test_the_lock_has_a_hash_for_everything_and_what_each_purpose_asks_for():
 
 
 @pytest.mark.parametrize("cpu", [True, False])
-def test_a_cpu_build_comes_without_gpu_libraries(monkeypatch, capsys, cpu):
+def test_a_cpu_build_of_torch_is_picked_without_gpu_libraries(monkeypatch, capsys, cpu):
     monkeypatch.setattr(pick, "takes_cpu_build", lambda version: cpu)
     monkeypatch.setattr(sys, "argv", ["pick.py", "runtime"])
     pick.main()
-    said = capsys.readouterr().out
-    assert ("nvidia-cublas==" in said) != cpu
-    assert ("torch==2.13.0+cpu --hash=sha256:" in said) == cpu
-    assert "numpy==" in said
-    assert "pytest==" not in said
+    printed = capsys.readouterr().out
+    assert ("nvidia-cublas==" in printed) != cpu
+    assert ("torch==2.13.0+cpu --hash=sha256:" in printed) == cpu
+    assert "numpy==" in printed
+    assert "pytest==" not in printed

@@ -13,7 +13,7 @@ import pytest
 from tests.support.scripts import ROOT
 
 # Each room may import from those before it, and from itself.
-ORDER = ["kernels", "config", "evaluation", "runtime", "data", "model", "world", "training", "preference", "ppo", "tools"]
+ORDER = "kernels config evaluation runtime data model world training preference ppo tools".split()
 FORBIDDEN = {("world", "model"), ("preference", "training"), ("runtime", "evaluation"), ("data", "evaluation")}
 
 

@@ -117,7 +117,7 @@ CRITIC_FREE = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo, "reinforce++": re
 def policy_losses(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate: -min(w A, clamp(w, 1 - clip, 1 + clip) A) with w = pi / pi_old. Source: 1707.06347, eq. 7.
 
-    Returns losses (B, R) and metrics of each token: the ratio w, whether w is outside the range (it still has a gradient
+    Returns losses (B, R) and metrics of each token: the ratio w, whether it is outside the range (with a gradient even so
     where clipping would help it: A > 0 below, A < 0 above), and an approximate KL to the old policy.
     """
     log_ratio = logp - old_logp

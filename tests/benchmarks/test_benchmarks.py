@@ -1,4 +1,4 @@
-"""The benchmark's own side: every case does a step, at a size that takes no time. Nothing is timed."""
+"""The benchmarks: every case of ours runs, operations are counted correctly, and the page shows every result."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidd
 }
 
 
-def test_every_case_does_a_step():
+def test_every_case_runs_two_steps():
     code = (
         "from benchmarks import workload as w\n"
         f"w.SHAPE.update({SMALL}); w.PROMPT, w.RESPONSE, w.PAIRS, w.ROLLOUT = 6, 4, 2, 3\n"
         "from benchmarks.ours import CASES\n"
         "for case in CASES.values(): step = case(); step(); step()\n"
         "print(list(CASES))"
-    )  # in a process of its own: turns.py takes standard output for itself
+    )  # in a separate process, since turns.py redirects standard output
     done = subprocess.run([sys.executable, "-c", code], cwd=run.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {c.ours.removesuffix("-bf16") for c in run.CONTESTS} <= set(
@@ -37,19 +37,19 @@ def test_every_case_does_a_step():
     )
 
 
-def test_pairs_end_in_eos_and_have_the_lengths():
+def test_the_responses_of_a_pair_end_in_eos_and_have_the_stated_length():
     for row in w.pairs(3):
         assert len(row["prompt"]) == w.PROMPT
         assert len(row["chosen"]) == len(row["rejected"]) == w.RESPONSE
         assert row["chosen"][-1] == row["rejected"][-1] == w.SHAPE["eos_token_id"]
 
 
-def test_a_worker_that_dies_is_reported_in_its_own_words():
+def test_a_worker_that_dies_is_reported_with_its_own_message():
     with pytest.raises(Exception, match="no such case"):
         Worker([sys.executable, "-c", "raise SystemExit('no such case')"], 1)
 
 
-def test_the_table_says_what_was_missed():
+def test_the_table_marks_a_missed_target_and_shows_the_share_of_the_peak():
     sides = {"ours": {"seconds": 1.0, "step_mib": 1.0}, "peer": {"seconds": 2.0, "step_mib": 4.0}}
     row = {"name": "x", "ratio": 2.0, "target": 3.0, "gflops": 50.0} | sides
     assert "2.00          | 3 (missed)" in run.first_table([row], 100.0)
@@ -58,36 +58,37 @@ def test_the_table_says_what_was_missed():
 
 
 @pytest.mark.parametrize("case", ["ours", "plain", "linear_cross_entropy"])
-def test_ways_to_log_probs_agree(case):
+def test_all_ways_to_compute_log_probs_agree(case):
     if case == "linear_cross_entropy" and not hasattr(torch.nn.functional, case):
-        pytest.skip("this torch does not have it")
+        pytest.skip("this version of torch does not have linear_cross_entropy")
     draw = torch.Generator().manual_seed(0)
     h, weight, targets = torch.randn(5, 8, generator=draw), torch.randn(11, 8, generator=draw), torch.arange(5)
     expected = (h @ weight.T).log_softmax(-1)[torch.arange(5), targets]
-    code = (  # in a process of its own, as above
+    code = (  # in a separate process, as above
         "import sys, torch; from benchmarks.heads import way\n"
         "draw = torch.Generator().manual_seed(0)\n"
         "h, w, t = torch.randn(5, 8, generator=draw), torch.randn(11, 8, generator=draw), torch.arange(5)\n"
-        f"found = way('{case}')(h, w, t); print([float(x) for x in (found if torch.is_tensor(found) else found[0])])"
+        f"out = way('{case}')(h, w, t); print([float(x) for x in (out if torch.is_tensor(out) else out[0])])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=run.ROOT, capture_output=True, text=True)
-    found = torch.tensor(json.loads(done.stderr.strip().splitlines()[-1]))
-    torch.testing.assert_close(found.abs(), expected.abs(), rtol=1e-4, atol=1e-4)
+    actual = torch.tensor(json.loads(done.stderr.strip().splitlines()[-1]))
+    torch.testing.assert_close(actual.abs(), expected.abs(), rtol=1e-4, atol=1e-4)
 
 
-def test_operations_by_hand(monkeypatch):
-    """One text of 2 + 1 tokens, one layer of width 2: every product counted on paper."""
+def test_the_number_of_operations_matches_a_count_by_hand(monkeypatch):
+    """The products of one text of 2 + 1 tokens in one layer of width 2 can be counted on paper."""
     monkeypatch.setattr(
         w, "SHAPE", w.SHAPE | {"hidden_size": 2, "num_hidden_layers": 1, "intermediate_size": 3, "vocab_size": 5}
     )
     for name, value in {"PROMPT": 2, "RESPONSE": 1, "PAIRS": 1, "ROLLOUT": 1}.items():
         monkeypatch.setattr(w, name, value)
-    # weights 4 * 4 + 3 * 6 = 34 a token; attention 2 * width a key seen, of 2 (half of 2 x 2) and 2.5; head 10
+    # Weights: 4 * 4 + 3 * 6 = 34 for each token. Attention: 2 * width for each key that a token attends to, of which
+    # the prompt has 2 (half of 2 x 2) and the response 2.5. Head: 10.
     assert w.flops("generate") == 2 * (3 * 34 + 2 * 2 * (2 + 2.5) + 10)
     assert w.flops("reward") == 3 * 2 * (4 * 34 + 2 * 2 * (2 + 2 * 2.5))
 
 
-def test_the_page_shows_all_that_was_measured(tmp_path):
+def test_the_page_shows_every_measurement(tmp_path):
     sides = {"ours": {"seconds": 1.0, "step_mib": 1.0}, "peer": {"seconds": 2.0, "step_mib": 4.0}}
     row = {"name": "a step", "ratio": 2.0, "target": 3.0, "gflops": 50.0} | sides
     heads = {"name": "log-probs", "ours": {"seconds": 0.5, "step_mib": 7.0}}
@@ -100,7 +101,7 @@ def test_the_page_shows_all_that_was_measured(tmp_path):
     assert "{" not in page
 
 
-def test_stages_are_compared(tmp_path):
+def test_the_comparison_of_stages_adds_up_their_seconds(tmp_path):
     for name, seconds in (("before", 10.0), ("now", 4.0)):
         for stage in stages.STAGES:
             manifest = {"config": {}, "inputs": {}, "outputs": {}, "results": {}}
@@ -111,7 +112,7 @@ def test_stages_are_compared(tmp_path):
     assert [x.strip() for x in text.splitlines()[-1].split("|")[1:5]] == ["all", "80", "32", "2.5"]
 
 
-def test_another_size_changes_the_workload():
+def test_the_environment_variable_changes_the_size_of_the_workload():
     code = "from benchmarks import workload as w; print(w.SHAPE['vocab_size'], w.PROMPT, w.RESPONSE, w.PAIRS)"
     environment = os.environ | {"MPO_BENCH": '{"vocabulary": 50, "tokens": 96}'}
     done = subprocess.run([sys.executable, "-c", code], cwd=run.ROOT, env=environment, capture_output=True, text=True)

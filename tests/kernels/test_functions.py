@@ -1,4 +1,4 @@
-"""The reference kernels against float64 loops written independently of them."""
+"""The definitions of the head against independent loops in float64; linear layers; the choice of an implementation."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mpo.kernels import functions as kernels
 
 
 def logits_of(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> list[list[float]]:
+    """hidden @ weight.T / temperature, as nested lists."""
     return [
         [sum(h * w for h, w in zip(row, column, strict=True)) / temperature for column in weight.tolist()]
         for row in hidden.tolist()
@@ -18,12 +19,14 @@ def logits_of(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) ->
 
 
 def log_normaliser(logits: list[float]) -> float:
-    most = max(logits)
-    return most + math.log(sum(math.exp(x - most) for x in logits))
+    """log sum exp of the logits."""
+    largest = max(logits)
+    return largest + math.log(sum(math.exp(x - largest) for x in logits))
 
 
 @pytest.fixture
 def inputs() -> tuple[torch.Tensor, ...]:
+    """Hidden states and head of the policy, those of the reference, and targets."""
     g = torch.Generator().manual_seed(0)
     shapes = (5, 7), (13, 7), (5, 7), (13, 7)
     tensors = [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
@@ -58,19 +61,19 @@ def test_gradients_match_finite_differences(inputs):
     for tensor, name in ((hidden, "hidden"), (weight, "weight")):
         moved = tensor.detach().double()
         for at in ((0, 0), (3, 6), (4, 2)):
-            total = []
+            totals = []
             for sign in (1, -1):
                 shifted = moved.clone()
                 shifted[at] += sign * step
                 h = shifted if name == "hidden" else hidden.detach().double()
                 w = shifted if name == "weight" else weight.detach().double()
                 rows = logits_of(h, w, 1.0)
-                total.append(sum(r[t] - log_normaliser(r) for r, t in zip(rows, targets.tolist(), strict=True)))
-            assert tensor.grad[at].item() == pytest.approx((total[0] - total[1]) / (2 * step), abs=1e-4)
+                totals.append(sum(r[t] - log_normaliser(r) for r, t in zip(rows, targets.tolist(), strict=True)))
+            assert tensor.grad[at].item() == pytest.approx((totals[0] - totals[1]) / (2 * step), abs=1e-4)
 
 
-def test_sampling_inverts_the_cdf_and_reports_its_own_log_prob():
-    # logits ln(1), ln(2), ln(5): probabilities 1/8, 2/8, 5/8; the CDF steps at 0.125 and 0.375
+def test_sampling_inverts_the_cdf_and_returns_the_log_prob_of_each_token():
+    # Logits ln(1), ln(2), ln(5) give the probabilities 1/8, 2/8, 5/8, so the CDF jumps at 0.125 and 0.375.
     weight = torch.tensor([[math.log(1.0)], [math.log(2.0)], [math.log(5.0)]])
     uniform = torch.tensor([0.0, 0.124, 0.126, 0.374, 0.376, 0.999999])
     tokens, logps = kernels.sample_tokens(torch.ones(6, 1), weight, uniform)
@@ -79,7 +82,7 @@ def test_sampling_inverts_the_cdf_and_reports_its_own_log_prob():
     assert logps.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-def test_extreme_logits_stay_finite():
+def test_extreme_logits_give_finite_results():
     weight = torch.tensor([[1e4], [-1e4], [0.0]])
     logp, entropy = kernels.token_logprobs(torch.ones(3, 1), weight, torch.tensor([0, 1, 2]))
     assert logp.tolist() == [0.0, -2e4, -1e4]
@@ -88,7 +91,7 @@ def test_extreme_logits_stay_finite():
     assert tokens.tolist() == [0, 0]
 
 
-def test_empty_input_and_unknown_implementation():
+def test_an_empty_input_is_allowed_and_an_unknown_implementation_is_not():
     empty = kernels.token_logprobs(torch.zeros(0, 4), torch.zeros(5, 4), torch.zeros(0, dtype=torch.long))
     assert [t.shape for t in empty] == [(0,), (0,)]
     with pytest.raises(ValueError, match="expected one of reference"):
@@ -102,7 +105,7 @@ needs_cpu = pytest.mark.skipif("cpu" not in kernels.IMPLEMENTATIONS, reason="the
 @pytest.mark.parametrize(
     ("m", "k", "n"), [(1, 1, 1), (5, 7, 3), (64, 128, 352), (33, 352, 129), (961, 24, 1), (70, 1024, 800)]
 )
-def test_compiled_linear_is_as_near_to_float64_as_plain_fp32(m, k, n):
+def test_the_compiled_linear_layer_is_about_as_near_to_float64_as_plain_torch(m, k, n):
     g = torch.Generator().manual_seed(m)
     x, weight, dy = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((m, k), (n, k), (m, n)))
     exact = (x @ weight.T, dy @ weight, dy.T @ x)
@@ -111,14 +114,14 @@ def test_compiled_linear_is_as_near_to_float64_as_plain_fp32(m, k, n):
         leaves = x.float().requires_grad_(), weight.float().requires_grad_()
         y = kernels.linear(*leaves, impl=impl)
         y.backward(dy.float())
-        found = (y.detach(), leaves[0].grad, leaves[1].grad)
-        errors[impl] = [float((a - b).abs().max()) for a, b in zip(found, exact, strict=True)]
+        actual = (y.detach(), leaves[0].grad, leaves[1].grad)
+        errors[impl] = [float((a - b).abs().max()) for a, b in zip(actual, exact, strict=True)]
     for ours, plain in zip(errors["cpu"], errors["reference"], strict=True):
-        assert ours <= 2 * plain + 1e-6  # both round; neither may do more than its share of it
+        assert ours <= 2 * plain + 1e-6  # both round, so neither is exact
 
 
 @needs_cpu
-def test_compiled_linear_takes_any_strides_and_leading_shape():
+def test_the_compiled_linear_layer_accepts_any_strides_and_leading_shape():
     g = torch.Generator().manual_seed(1)
     big, weight = torch.randn(6, 5, 20, generator=g), torch.randn(9, 10, generator=g)
     for x in (big[:, :, ::2], big[:, 1:4, :10], big.transpose(0, 1)[:, :, 10:], big[:0, :, :10]):
@@ -126,19 +129,19 @@ def test_compiled_linear_takes_any_strides_and_leading_shape():
             expected = torch.nn.functional.linear(x, w)
             torch.testing.assert_close(kernels.linear(x, w, impl="cpu"), expected, rtol=1e-5, atol=1e-5)
             x_, w_ = x.clone().requires_grad_(), w.clone().requires_grad_()
-            kernels.linear(x_, w_, impl="cpu").sum().backward()  # an expanded gradient, of stride 0
+            kernels.linear(x_, w_, impl="cpu").sum().backward()  # the gradient of a sum is expanded, with stride 0
             torch.testing.assert_close(w_.grad, x.sum((0, 1)).expand(9, 10), rtol=1e-4, atol=1e-4)
 
 
 @needs_cpu
-def test_only_what_needs_a_gradient_gets_one():
+def test_only_tensors_that_require_a_gradient_get_one():
     x, weight = torch.randn(4, 3), torch.randn(2, 3, requires_grad=True)
     kernels.linear(x, weight, impl="cpu").sum().backward()
     assert x.grad is None
     assert weight.grad is not None
 
 
-def test_the_plain_path_is_one_variable_away(monkeypatch):
+def test_the_default_implementation_can_be_set_to_plain_torch(monkeypatch):
     x, weight = torch.randn(40, 30), torch.randn(20, 30)
     monkeypatch.setattr(kernels, "default", "reference")
     assert torch.equal(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
@@ -147,14 +150,14 @@ def test_the_plain_path_is_one_variable_away(monkeypatch):
         kernels.linear(x, weight, impl="fast")
 
 
-def test_other_dtypes_go_the_plain_way():
+def test_bf16_tensors_are_computed_by_plain_torch():
     x, weight = torch.randn(4, 3).bfloat16(), torch.randn(2, 3).bfloat16()
     assert torch.equal(kernels.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
 @pytest.mark.parametrize("impl", [name for name in kernels.IMPLEMENTATIONS if name in ("cpu", "gpu")])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (13, 33, 7), (70, 64, 96), (300, 50, 601)], ids=str)
-def test_products_in_bf16_are_of_rounded_numbers_with_exact_sums(shape, impl):
+def test_products_in_bf16_round_their_operands_but_not_the_sums(shape, impl):
     M, N, K = shape
     x, w, weights = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
     rounded = [t.bfloat16().double().requires_grad_() for t in (x, w)]
@@ -163,32 +166,32 @@ def test_products_in_bf16_are_of_rounded_numbers_with_exact_sums(shape, impl):
     kernels.use_bf16(True)
     try:
         leaves = [x.requires_grad_(), w.requires_grad_()]
-        found = kernels.linear(*leaves, impl=impl)
-        found.backward(weights)
+        actual = kernels.linear(*leaves, impl=impl)
+        actual.backward(weights)
         torch.testing.assert_close(kernels.linear(x, w, impl="reference").detach(), y.float(), rtol=1e-4, atol=1e-4)
     finally:
         kernels.use_bf16(False)
-    torch.testing.assert_close(found.detach().double(), y.detach(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(actual.detach().double(), y.detach(), rtol=1e-5, atol=1e-4)
     for leaf, exact in zip(leaves, rounded, strict=True):
         torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-4)
 
 
 @needs_cpu
-def test_a_number_that_is_not_one_stays_so_in_bf16():
+def test_rounding_to_bf16_keeps_nan_and_infinity():
     x = torch.tensor([[float("nan"), 1.0], [float("inf"), 1.0], [2.0, 1.0]])
     kernels.use_bf16(True)
     try:
-        found = kernels.linear(x, torch.ones(1, 2), impl="cpu").squeeze(1)
+        sums = kernels.linear(x, torch.ones(1, 2), impl="cpu").squeeze(1)
     finally:
         kernels.use_bf16(False)
-    assert found.isnan().tolist() == [True, False, False]
-    assert found[1:].tolist() == [float("inf"), 3.0]
+    assert sums.isnan().tolist() == [True, False, False]
+    assert sums[1:].tolist() == [float("inf"), 3.0]
 
 
 @needs_cpu
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_constant_weights_give_the_same(dtype):
+def test_declaring_the_weights_constant_does_not_change_the_samples(dtype):
     hidden, weight, uniform = torch.randn(29, 17).to(dtype), torch.randn(203, 17).to(dtype), torch.rand(29)
     plain = kernels.sample_tokens(hidden, weight, uniform, 0.7, impl="cpu")
     with kernels.constant_weights():

@@ -1,4 +1,4 @@
-"""Kernels of a transformer's layers against the definition in float64, forward and backward, on odd shapes."""
+"""The compiled layers of a transformer against their definitions in float64, forward and backward, on odd shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpo.kernels.functions import LayerWeights, Packing
 COMPILED = [name for name in kernels.IMPLEMENTATIONS if name in ("cpu", "gpu")]
 pytestmark = pytest.mark.skipif("cpu" not in COMPILED, reason="the compiled kernels are not built")
 
-PIECES = {
+PACKINGS = {
     "one token": Packing([1]),
     "texts": Packing([5, 1, 33, 12, 70]),
     "families": Packing([7, 3, 1, 13, 40, 24, 50], [-1, 0, 0, -1, 3, 3, 3]),
@@ -21,21 +21,21 @@ HEADS = [(4, 2, 6), (8, 8, 32), (3, 1, 40), (2, 2, 64), (6, 3, 24)]  # H, H_kv, 
 
 
 def compare(function, *inputs, rest=(), tolerance=2e-5):
-    """Output and every gradient of the compiled function against the reference's in float64."""
-    found, expected = [], []
-    for impl, kind, into in (("cpu", torch.float32, found), ("reference", torch.float64, expected)):
+    """Compare the output and every gradient of the compiled function with those of the definition in float64."""
+    actual, expected = [], []
+    for impl, kind, into in (("cpu", torch.float32, actual), ("reference", torch.float64, expected)):
         leaves = [x.clone().to(kind).requires_grad_() for x in inputs]
         out = function(*leaves, *rest, impl=impl)
         weights = torch.linspace(-1, 1, out.numel(), dtype=kind).view(out.shape)
         (out * weights).sum().backward()
         into += [out.detach(), *(leaf.grad for leaf in leaves)]
-    for ours, exact in zip(found, expected, strict=True):
+    for ours, exact in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=0, atol=tolerance * max(1.0, float(exact.abs().max())))
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("packing", PIECES.values(), ids=PIECES.keys())
-def test_attention(packing, heads):
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
+def test_attention_matches_its_definition(packing, heads):
     H, KV, d = heads
     N = int(packing.lengths.sum())
     generator = torch.Generator().manual_seed(N + d)
@@ -43,54 +43,54 @@ def test_attention(packing, heads):
     compare(kernels.attention, q, k, v, rest=(packing,))
 
 
-def test_attention_with_extreme_scores():
+def test_attention_with_extreme_scores_matches_its_definition():
     packing, big = Packing([3, 2, 4], [-1, 0, 0]), 1e4
     q, k, v = (torch.randn(9, 2, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3))
     out = kernels.attention(big * q, big * k, v, packing, impl="cpu")
     exact = kernels.attention(big * q.double(), big * k.double(), v.double(), packing, impl="reference")
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-4)  # every query sees one key only
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-4)  # each query gives one key all the weight
 
 
-def test_attention_counts_its_tokens():
+def test_a_packing_with_another_number_of_tokens_is_refused():
     x = torch.randn(5, 1, 4)
     with pytest.raises(ValueError, match="packing of 4 tokens, but 5 queries"):
         kernels.attention(x, x, x, Packing([4]), impl="cpu")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (200, 96), (65, 256)], ids=str)
-def test_rms_norm(shape):
+def test_rms_norm_matches_its_definition(shape):
     x, weight = torch.randn(shape) * 3, torch.randn(shape[1])
     compare(kernels.rms_norm, x, weight, rest=(1e-5,))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (300, 96)], ids=str)
-def test_swiglu(shape):
+def test_swiglu_matches_its_definition(shape):
     compare(kernels.swiglu, torch.randn(shape) * 20, torch.randn(shape))
 
 
-def test_swiglu_far_from_0():
+def test_swiglu_is_exact_far_from_0():
     gate = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4]])
     out = kernels.swiglu(gate, torch.ones(1, 5), impl="cpu")
     assert out.tolist() == [[0.0, 0.0, 0.0, 90.0, 1e4]]
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2), (7, 3, 6), (150, 4, 32)], ids=str)
-def test_rotate(shape):
+def test_rotate_matches_its_definition(shape):
     angles = torch.randn(shape[0], shape[2] // 2).double()
-    expected = []
+    results = []
     for impl, kind in (("cpu", torch.float32), ("reference", torch.float64)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(kind).requires_grad_()
         out = kernels.rotate(x, angles.cos().to(kind), angles.sin().to(kind), impl=impl)
         out.square().mul(torch.linspace(0, 1, shape[2], dtype=kind)).sum().backward()
-        expected.append((out.detach().double(), x.grad.double()))
-    torch.testing.assert_close(*expected, rtol=0, atol=1e-5)
+        results.append((out.detach().double(), x.grad.double()))
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_decoder(heads, bf16):
-    """Rows that start, end and are copied, through two layers: compiled against the reference in float64."""
+def test_the_decoder_matches_its_definition_while_texts_end_and_are_copied(heads, bf16):
+    """Two layers, and a cache that is filled in two parts. The compiled decoder is compared with float64."""
     H, KV, d = heads
     D, F, g = 37, 70, torch.Generator().manual_seed(0)
 
@@ -105,7 +105,7 @@ def test_decoder(heads, bf16):
     try:
         for impl, kind in (("cpu", torch.float32), ("reference", torch.float64)):
             cache = caches[impl] = kernels.kv_cache(2, 3, 45, KV, d, torch.zeros(1, dtype=kind), impl=impl)
-            for part, tokens in ((starts, slice(0, 6)), (rest, slice(6, 36))):  # in two parts
+            for part, tokens in ((starts, slice(0, 6)), (rest, slice(6, 36))):
                 for layer in range(2):
                     cache.fill(layer, *(layer + first[:, tokens]).to(kind), part)
                 cache.begin(part.lengths)
@@ -120,11 +120,11 @@ def test_decoder(heads, bf16):
         B = len(caches["cpu"].lengths)
         x, angles = random(B, D), random(B, d // 2)
         exact = steps["reference"](x, angles.cos(), angles.sin())
-        found = steps["cpu"](x.float(), angles.cos().float(), angles.sin().float())
-        torch.testing.assert_close(found.double(), exact, rtol=0, atol=0.1 if bf16 else 2e-5)
+        actual = steps["cpu"](x.float(), angles.cos().float(), angles.sin().float())
+        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=0.1 if bf16 else 2e-5)
 
 
-def test_the_compiled_layers_are_what_runs():
+def test_fp32_tensors_use_the_compiled_layers_and_float64_tensors_the_definition():
     x = torch.ones(64, 8)
     for function in ("linear", "rms_norm", "swiglu", "rotate", "attention", "KVCache", "decoder"):
         assert kernels._implementation(None, function, x, x).__name__ == "mpo.kernels.cpu"

@@ -1,4 +1,4 @@
-"""Folders that are not what they should be end in one line, and nothing leaves the folder."""
+"""A saved model loads unchanged, and a model folder with anything wrong is refused with a message of one line."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mpo.runtime.seeding import generator
 from tests.conftest import small_model
 
 
-def edit(path, **changes):
+def edit_json(path, **changes):
     raw = json.loads(path.read_text())
     raw.update(changes)
     path.write_text(json.dumps(raw))
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 4000])
-def test_round_trip_whole_and_sharded(tmp_path, shard_bytes):
+def test_a_model_saved_as_one_file_or_as_several_loads_unchanged(tmp_path, shard_bytes):
     model = small_model(tie_word_embeddings=False)
     save_model(tmp_path, model, shard_bytes)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes == 4000)
@@ -32,7 +32,7 @@ def test_round_trip_whole_and_sharded(tmp_path, shard_bytes):
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_scalar_model_round_trip(tmp_path):
+def test_a_saved_scalar_model_loads_unchanged_but_not_as_a_language_model(tmp_path):
     rm = scalar_from(small_model(), generator(0, "head"))
     rm.score_mean += 1.5
     rm.score_std *= 0.7
@@ -63,9 +63,9 @@ def test_scalar_model_round_trip(tmp_path):
         ({"num_hidden_layers": 3}, "lacks 9 tensors"),
     ],
 )
-def test_a_config_that_does_not_fit_is_named(tmp_path, changes, message):
+def test_a_config_that_is_unsupported_or_does_not_fit_the_weights_is_refused(tmp_path, changes, message):
     save_model(tmp_path, small_model())
-    edit(tmp_path / "config.json", **changes)
+    edit_json(tmp_path / "config.json", **changes)
     with pytest.raises(InputError, match=message) as error:
         load_model(tmp_path)
     assert "\n" not in str(error.value)
@@ -74,9 +74,9 @@ def test_a_config_that_does_not_fit_is_named(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("given", "expected"), [({"pad_token_id": 0}, 0), ({"pad_token_id": None}, None), ({"pad_token_id": 2}, None)]
 )
-def test_a_pad_token_that_is_missing_or_is_eos_is_none(tmp_path, given, expected):
+def test_a_missing_pad_token_and_one_that_equals_eos_are_read_as_none(tmp_path, given, expected):
     save_model(tmp_path, small_model(eos_token_id=2))
-    edit(tmp_path / "config.json", **given)
+    edit_json(tmp_path / "config.json", **given)
     model = load_model(tmp_path)
     assert model.config.pad_token_id == expected
     save_model(tmp_path / "again", model)
@@ -84,7 +84,7 @@ def test_a_pad_token_that_is_missing_or_is_eos_is_none(tmp_path, given, expected
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "weights.bin"])
-def test_an_index_cannot_leave_its_folder(tmp_path, name):
+def test_an_index_may_only_name_safetensors_files_in_its_own_folder(tmp_path, name):
     save_model(tmp_path, small_model(), 4000)
     index = tmp_path / "model.safetensors.index.json"
     raw = json.loads(index.read_text())
@@ -103,7 +103,7 @@ def test_truncated_weights_are_refused(tmp_path, keep):
         load_model(tmp_path)
 
 
-def test_missing_files_are_named(tmp_path):
+def test_the_message_says_which_file_is_missing(tmp_path):
     with pytest.raises(InputError, match=r"config.json: no such file"):
         load_model(tmp_path)
     save_model(tmp_path, small_model())

@@ -1,4 +1,4 @@
-"""What is sampled is what is scored, and neighbours in a batch change nothing."""
+"""Sampling and scoring agree on log-probs, and neither depends on the other texts in a batch."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def draw(model, prompts=PROMPTS, temperature=1.0, seed=0, max_new=12):
     return generate(model, prompts, Sampling(max_new, temperature, EOS), generator(seed, "test"))
 
 
-def eager_to_stop():
-    """A model that often says EOS, so that rows end at different steps."""
+def model_that_often_stops():
+    """A model that often samples EOS, so that the responses of a batch end at different steps."""
     model = small_model(tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight[EOS] = model.lm_head.weight.mean(0) + 0.5 * model.lm_head.weight.std(0)
@@ -36,35 +36,35 @@ def eager_to_stop():
 
 
 @needs_stories
-def test_greedy_continues_as_an_independent_implementation_does():
+def test_greedy_sampling_matches_an_independent_implementation():
     expected = json.loads((STORIES / "expected.json").read_text())["greedy_ids"]
-    found = draw(load_model(STORIES), [[1]], temperature=0.0, max_new=len(expected) - 1)
-    assert found.responses[0] == expected[1:]
+    samples = draw(load_model(STORIES), [[1]], temperature=0.0, max_new=len(expected) - 1)
+    assert samples.responses[0] == expected[1:]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_sampled_log_probs_are_the_scored_ones(temperature):
-    model = eager_to_stop()
+def test_sampling_and_scoring_give_the_same_log_probs(temperature):
+    model = model_that_often_stops()
     samples = draw(model, temperature=temperature, max_new=30)
-    assert len({len(r) for r in samples.responses}) > 1  # rows of different lengths, or this shows little
+    assert len({len(r) for r in samples.responses}) > 1  # with equal lengths this test would show little
     batch = make_batch(list(zip(PROMPTS, samples.responses, strict=True)))
-    found = response_logprobs(model, batch, temperature)
+    scored = response_logprobs(model, batch, temperature)
     sampled = torch.cat([torch.tensor(x) for x in samples.logps])
-    torch.testing.assert_close(found.logp[found.mask].detach(), sampled, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scored.logp[scored.mask].detach(), sampled, rtol=0, atol=1e-4)
 
 
-def test_a_row_is_the_same_alone_and_in_company():
-    model = eager_to_stop()
+def test_a_response_does_not_depend_on_the_other_prompts():
+    model = model_that_often_stops()
     together = draw(model, max_new=30)
     alone = draw(model, PROMPTS[:1], max_new=30)
-    assert alone.responses[0] == together.responses[0]  # row 0 gets the first draws in both
-    # other prompts around it, of other lengths, ended at other steps: still the same row 0
-    other = draw(model, [PROMPTS[0], [1] * 20, [1, 2, 3], [1, 9], [1, 4]], max_new=30)
-    assert other.responses[0] == together.responses[0]
+    assert alone.responses[0] == together.responses[0]  # row 0 gets the same random numbers in both
+    # The other prompts now have other lengths, and their responses end at other steps.
+    others = draw(model, [PROMPTS[0], [1] * 20, [1, 2, 3], [1, 9], [1, 4]], max_new=30)
+    assert others.responses[0] == together.responses[0]
 
 
-def test_finished_means_eos_and_nothing_after_it():
-    samples = draw(eager_to_stop(), max_new=8)
+def test_a_finished_response_ends_in_eos_and_any_other_has_the_full_length():
+    samples = draw(model_that_often_stops(), max_new=8)
     assert any(samples.finished)
     assert not all(samples.finished)
     for response, logps, finished in zip(samples.responses, samples.logps, samples.finished, strict=True):
@@ -74,13 +74,13 @@ def test_finished_means_eos_and_nothing_after_it():
         assert finished or len(response) == 8
 
 
-def test_the_seed_decides():
+def test_equal_seeds_give_equal_responses_and_other_seeds_other_ones():
     model = small_model()
     assert draw(model, seed=1).responses == draw(model, seed=1).responses
     assert draw(model, seed=1).responses != draw(model, seed=2).responses
 
 
-def test_a_long_run_of_draws_follows_the_distribution():
+def test_sampled_frequencies_follow_the_distribution():
     model = small_model()
     n = 4000
     samples = draw(model, [[1, 5]] * n, max_new=1)
@@ -90,29 +90,29 @@ def test_a_long_run_of_draws_follows_the_distribution():
     assert ((counts - n * probabilities) / spread).abs().max() < 5
 
 
-def test_scoring_ignores_neighbours():
+def test_log_probs_do_not_depend_on_the_other_texts_of_a_batch():
     model = small_model()
     short, long = ([1, 5], [6, 7, 2]), ([1] * 9, [8] * 11)
     alone = response_logprobs(model, make_batch([short])).logp[0]
-    found = response_logprobs(model, make_batch([short, long])).logp[0]
-    torch.testing.assert_close(found[:3], alone, rtol=0, atol=1e-5)
-    assert found[3:].abs().sum() == 0
+    together = response_logprobs(model, make_batch([short, long])).logp[0]
+    torch.testing.assert_close(together[:3], alone, rtol=0, atol=1e-5)
+    assert together[3:].abs().sum() == 0
 
 
-def test_equal_prompts_are_computed_once_and_sampled_apart():
-    model = eager_to_stop()
+def test_equal_prompts_get_independent_responses():
+    model = model_that_often_stops()
     prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
     together = draw(model, prompts, max_new=30)
     assert together.responses[0] == draw(model, PROMPTS[:1], max_new=30).responses[0]
     assert len({tuple(together.responses[i]) for i in (0, 2, 3)}) == 3
-    found = response_logprobs(model, make_batch(list(zip(prompts, together.responses, strict=True)), share=False))
+    scored = response_logprobs(model, make_batch(list(zip(prompts, together.responses, strict=True)), share=False))
     sampled = torch.cat([torch.tensor(x) for x in together.logps])
-    torch.testing.assert_close(found.logp[found.mask].detach(), sampled, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scored.logp[scored.mask].detach(), sampled, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 9])
-def test_prompts_computed_a_few_at_a_time_are_the_same(monkeypatch, tokens):
-    model = eager_to_stop()
+def test_computing_only_a_few_prompts_at_a_time_changes_no_response(monkeypatch, tokens):
+    model = model_that_often_stops()
     whole = draw(model, [*PROMPTS, PROMPTS[0]], max_new=9)
     monkeypatch.setattr(generation, "PREFILL", tokens)
     parts = draw(model, [*PROMPTS, PROMPTS[0]], max_new=9)
@@ -121,7 +121,7 @@ def test_prompts_computed_a_few_at_a_time_are_the_same(monkeypatch, tokens):
         assert a == pytest.approx(b, abs=1e-5)
 
 
-def test_kl_to_itself_is_0_and_to_another_positive():
+def test_the_kl_of_a_model_to_itself_is_0_and_to_another_model_positive():
     batch = make_batch([([1, 5], [6, 7, 2]), ([1, 9, 9], [4, 2])])
     same = compare(small_model(), small_model(), batch)
     assert same.kl.abs().max() < 1e-6
@@ -129,10 +129,10 @@ def test_kl_to_itself_is_0_and_to_another_positive():
     assert (other.kl[other.mask] > 0).all()
 
 
-def test_rollout_checks_itself():
+def test_a_rollout_checks_that_sampling_and_scoring_agree():
     model, rm = small_model(), scalar_from(small_model(seed=2), generator(0, "head"))
     rollout = roll_out(model, model, rm, rm, PROMPTS, Sampling(6, 0.8, EOS), generator(0, "r"), 2)
-    assert rollout.kl.abs().max() < 1e-6
+    assert rollout.kl_exact.abs().max() < 1e-6
     assert rollout.values.shape == rollout.logp.shape
     with pytest.raises(InputError, match="sampling and scoring differ by"):
         check_agreement(torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, -2.1]), "sampling and scoring")
@@ -140,7 +140,7 @@ def test_rollout_checks_itself():
         check_agreement(torch.tensor([-1.0]), torch.tensor([float("nan")]), "x")
 
 
-def test_values_are_of_the_state_before_each_token():
+def test_values_belong_to_the_state_before_each_token_and_scores_to_the_last_state():
     rm = scalar_from(small_model(), generator(0, "head"))
     rollout = roll_out(small_model(), small_model(), rm, rm, PROMPTS[:2], Sampling(5, 1.0, EOS), generator(0, "r"), 2)
 

@@ -1,4 +1,4 @@
-"""The transformer: packing, cache, real weights, and transformers as an oracle."""
+"""The Llama model: packing, the KV cache, real weights, and the results of the library transformers."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from mpo.model.llama import PRESETS, LlamaConfig, configure_layers, rotary_frequ
 from tests.conftest import STORIES, needs_stories, small_model
 
 
-def test_a_text_is_the_same_alone_packed_with_others_and_in_pieces():
+def test_hidden_states_do_not_depend_on_how_texts_are_packed():
     model = small_model()
     texts = [torch.randint(0, 61, (n,)) for n in (5, 1, 9)]
     alone = torch.cat([model(t, Packing([len(t)])) for t in texts])
     packed = model(torch.cat(texts), Packing([5, 1, 9]))
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
-    in_pieces = model(torch.cat(texts), Packing([2, 3, 1, 4, 5], [-1, 0, -1, -1, 3]))
-    torch.testing.assert_close(in_pieces, alone, rtol=0, atol=1e-5)
+    in_segments = model(torch.cat(texts), Packing([2, 3, 1, 4, 5], [-1, 0, -1, -1, 3]))
+    torch.testing.assert_close(in_segments, alone, rtol=0, atol=1e-5)
 
 
-def test_children_of_one_root_do_not_see_each_other():
+def test_children_of_one_root_segment_do_not_attend_to_each_other():
     model = small_model()
     prompt, one, other = (torch.randint(0, 61, (n,)) for n in (4, 3, 6))
     shared = model(torch.cat((prompt, one, other)), Packing([4, 3, 6], [-1, 0, 0]))
-    for child, found in ((one, shared[4:7]), (other, shared[7:])):
+    for child, together in ((one, shared[4:7]), (other, shared[7:])):
         alone = model(torch.cat((prompt, child)), Packing([4 + len(child)]))[4:]
-        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
-def test_compiled_layers_compute_the_same():
-    """Without a break in the graph (fullgraph), for texts of other numbers and lengths too."""
+def test_compiled_layers_compute_the_same_states_and_gradients():
+    """Also when the number and the lengths of the segments change. A break in the graph would raise (fullgraph)."""
     plain, compiled = small_model(), small_model()
     configure_layers(compiled, recompute=True, compiled=True, backend="aot_eager")
     for packing in (Packing([30, 20, 20], [-1, 0, 0]), Packing([7, 9, 11, 40])):
-        ids, found = torch.randint(0, 61, (int(packing.lengths.sum()),)), []
+        ids, results = torch.randint(0, 61, (int(packing.lengths.sum()),)), []
         for model in (plain, compiled):
             model.zero_grad()
             hidden = model(ids, packing)
             hidden.square().mean().backward()
-            found.append([hidden.detach(), *(p.grad for p in model.parameters())])
-        for one, other in zip(*found, strict=True):
+            results.append([hidden.detach(), *(p.grad for p in model.parameters())])
+        for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()  # the cache is for inference
-def test_cache_gives_what_one_forward_gives():
+def test_decoding_with_a_cache_matches_one_forward_pass():
     model = small_model()
     texts = [torch.randint(0, 61, (n,)) for n in (9, 5, 6)]
     whole = [model(t, Packing([len(t)])) for t in texts]
@@ -59,16 +59,16 @@ def test_cache_gives_what_one_forward_gives():
     torch.testing.assert_close(first[1], whole[1][:2], rtol=0, atol=1e-5)
     decode = model.model.decoder(cache)
     for step in range(3):
-        found = decode(torch.stack([t[n + step] for t, n in zip(texts, starts, strict=True)]))
+        hidden = decode(torch.stack([t[n + step] for t, n in zip(texts, starts, strict=True)]))
         expected = torch.stack([w[n + step] for w, n in zip(whole, starts, strict=True)])
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        if step == 1:  # row 0 leaves
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
+        if step == 1:  # the text in row 0 has ended
             cache.take(torch.tensor([1, 2]))
             texts, starts, whole = texts[1:], starts[1:], whole[1:]
 
 
 @needs_stories
-def test_a_real_model_reproduces_an_independent_implementation():
+def test_a_real_model_matches_an_independent_implementation():
     expected = json.loads((STORIES / "expected.json").read_text())
     model = load_model(STORIES)
     ids = torch.tensor([expected["greedy_ids"]])
@@ -91,7 +91,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
     ],
     ids=["tied-gqa", "untied-mha", "llama3-rope", "own-head-dim"],
 )
-def test_a_saved_folder_opens_in_transformers_with_equal_logits(shape, tmp_path):
+def test_transformers_computes_the_same_logits_from_a_saved_folder(shape, tmp_path):
     transformers = pytest.importorskip("transformers")
     model = small_model(**shape)
     save_model(tmp_path, model)
@@ -102,7 +102,7 @@ def test_a_saved_folder_opens_in_transformers_with_equal_logits(shape, tmp_path)
 
 
 @pytest.mark.parametrize("old_form", [True, False])
-def test_a_folder_written_by_transformers_loads(old_form, tmp_path):
+def test_a_folder_saved_by_transformers_gives_the_same_logits(old_form, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=61,
@@ -116,7 +116,7 @@ def test_a_folder_written_by_transformers_loads(old_form, tmp_path):
     )
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
-    if old_form:  # as transformers wrote it before version 5
+    if old_form:  # the form that transformers wrote before version 5
         file = tmp_path / "config.json"
         raw = json.loads(file.read_text())
         raw["rope_theta"] = raw.pop("rope_parameters")["rope_theta"]
@@ -126,22 +126,22 @@ def test_a_folder_written_by_transformers_loads(old_form, tmp_path):
         torch.testing.assert_close(load_model(tmp_path).logits(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_recomputed_activations_give_the_same_gradients_and_are_not_kept():
-    kept, again = small_model(num_hidden_layers=4), small_model(num_hidden_layers=4)
-    configure_layers(again, recompute=True, compiled=False)
+def test_recomputing_activations_gives_the_same_gradients_and_keeps_fewer_numbers():
+    keeping, recomputing = small_model(num_hidden_layers=4), small_model(num_hidden_layers=4)
+    configure_layers(recomputing, recompute=True, compiled=False)
     ids, packing, sizes = torch.randint(0, 61, (50,)), Packing([30, 20]), []
-    for model in (kept, again):
+    for model in (keeping, recomputing):
         total = [0]
         with torch.autograd.graph.saved_tensors_hooks(lambda t, total=total: total.append(t.numel()) or t, lambda t: t):
             loss = model(ids, packing).square().sum()
         loss.backward()
         sizes.append(sum(total))
-    for a, b in zip(kept.parameters(), again.parameters(), strict=True):
+    for a, b in zip(keeping.parameters(), recomputing.parameters(), strict=True):
         assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
     assert sizes[1] < sizes[0] / 4
 
 
-# Shapes of real models, made small: what matters is which fields their config.json has.
+# Configs of real models with smaller sizes. What matters here is which fields their config.json has.
 FAMILIES = {
     "mistral": ("Mistral", {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
@@ -154,7 +154,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_that_are_llamas_compute_what_transformers_computes(family, tmp_path):
+def test_model_families_with_the_llama_architecture_match_transformers(family, tmp_path):
     transformers = pytest.importorskip("transformers")
     name, more = FAMILIES[family]
     sizes = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
@@ -169,17 +169,17 @@ def test_families_that_are_llamas_compute_what_transformers_computes(family, tmp
         torch.testing.assert_close(ours.logits(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
-def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones():
+def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
     config = LlamaConfig(head_dim=64, rope_theta=500000.0, rope_scaling=LLAMA3)
     plain = rotary_frequencies(LlamaConfig(head_dim=64, rope_theta=500000.0))
     scaled = rotary_frequencies(config)
-    assert scaled[0] == plain[0]  # wavelength 2 pi: far below 64 / 4
-    assert scaled[-1].item() == pytest.approx(plain[-1].item() / 8)  # far above 64 / 1
+    assert scaled[0] == plain[0]  # wavelength 2 pi, far below 64 / 4
+    assert scaled[-1].item() == pytest.approx(plain[-1].item() / 8)  # a wavelength far above 64 / 1
 
 
-def test_the_7b_preset_is_llama_2():
+def test_the_7b_preset_has_as_many_parameters_as_llama_2():
     with torch.device("meta"):
         from mpo.model.llama import Llama
 
         model = Llama(PRESETS["7b"].__class__(**{**PRESETS["7b"].__dict__, "vocab_size": 32000}))
-    assert sum(p.numel() for p in model.parameters()) == 6_738_415_616  # as published
+    assert sum(p.numel() for p in model.parameters()) == 6_738_415_616  # the published number

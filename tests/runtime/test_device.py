@@ -1,4 +1,4 @@
-"""Every stage on another device than the CPU: nothing is mixed up, and the same comes out."""
+"""Every stage gives the same results on a second, pretended device, and mixes no tensors of two devices."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.support.scripts import ROOT
 
 can_pretend = pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
-    reason="this torch takes no device written in Python",
+    reason="this version of torch accepts no device written in Python",
 )
 
 
 @pytest.fixture(scope="module")
 def work(hh_run, tmp_path_factory):
-    """What tests/support/pretend.py leaves."""
+    """The folder of the stages that tests/support/pretend.py runs on both devices."""
     work = tmp_path_factory.mktemp("pretend")
     command, environment = [sys.executable, "-m", "tests.support.pretend", hh_run, work], {"MPO_KERNELS": "reference"}
     done = subprocess.run(
@@ -41,7 +41,7 @@ def lines(path):
 
 @can_pretend
 @pytest.mark.parametrize("stage", ["sft", "rm", "dpo-lora", "ppo", "ppo-shared", "ppo-lora"])
-def test_a_stage_learns_the_same_on_another_device(work, stage):
+def test_a_stage_trains_the_same_model_on_another_device(work, stage):
     here, there = work / f"{stage}-cpu", work / f"{stage}-pretend"
     for one, other in zip(lines(here / "metrics.jsonl"), lines(there / "metrics.jsonl"), strict=True):
         assert one == pytest.approx(other, rel=2e-3, abs=2e-5)
@@ -64,7 +64,7 @@ def test_scores_and_responses_are_the_same_on_another_device(work):
 
 
 @pytest.mark.parametrize("name", ["nonsense", "cuda:99", "meta:x"])
-def test_a_device_that_is_not_here_is_refused(name):
+def test_a_device_that_this_machine_does_not_have_is_refused(name):
     with pytest.raises(InputError, match=f"--device {name}: not here"):
         device.start(name)
     assert device.current().type == "cpu"
@@ -73,21 +73,20 @@ def test_a_device_that_is_not_here_is_refused(name):
 @pytest.mark.parametrize(
     ("cuda", "mps", "expected"), [(True, True, "cuda:3"), (False, True, "mps"), (False, False, "cpu")]
 )
-def test_the_rule(monkeypatch, cuda, mps, expected):
-    """A GPU is taken where there is one, by each process its own."""
-    asked = []
+def test_by_default_each_process_takes_its_own_gpu_if_there_is_one(monkeypatch, cuda, mps, expected):
+    used = []
     monkeypatch.setattr(device, "_device", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
-    monkeypatch.setattr(torch, "zeros", lambda n, device: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch, "zeros", lambda n, device: used.append(device))
     monkeypatch.setenv("LOCAL_RANK", "3")
     device.start("auto")
     assert str(device.current()) == expected
-    assert set(map(str, asked)) == {expected}
+    assert set(map(str, used)) == {expected}
 
 
-def test_determinism_is_asked_of_torch():
+def test_the_flag_deterministic_switches_torchs_deterministic_algorithms_on_and_off():
     device.start("cpu", deterministic=True)
     assert torch.are_deterministic_algorithms_enabled()
     device.start("cpu")

@@ -1,4 +1,4 @@
-"""1, 2 and 4 processes, with whole models (DDP) and sharded ones (FSDP2): the same losses, samples and weights."""
+"""One, two and four processes, with replicated or sharded models, give the same losses, samples and weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.group import CASES, name
+from tests.support.group import CASES, case_name
 from tests.support.scripts import ROOT, run_script
 
 DPO = "train_dpo.py --data {run}/split/pairs.jsonl --model {run}/sft --batch 8 --microbatch 4 --steps 60"
@@ -28,7 +28,7 @@ def command(text: str, run: Path, out: Path, *more: object) -> list[str]:
     return [*text.format(run=run).split(), "--out", str(out), "--threads", "1", *map(str, more)]
 
 
-def processes(count: int, *flags: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def run_processes(count: int, *flags: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
     return run_script("-m", "mpo.runtime.launch", count, *flags, expect=expect)
 
 
@@ -38,39 +38,39 @@ def lines(path: Path) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def group(hh_run, tmp_path_factory):
-    """The folder of all cases of tests/support/group.py."""
+    """The folder with all cases of tests/support/group.py."""
     work = tmp_path_factory.mktemp("group")
     run_script("-m", "tests.support.group", hh_run, work)
     return work
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Metrics and weights up to rounding."""
-    steps, others = lines(one / "metrics.jsonl"), lines(other / "metrics.jsonl")
-    assert len(steps) == len(others)
-    for a, b in zip(steps, others, strict=True):
+    """Check that the metrics and weights of two runs are equal up to rounding."""
+    steps, other_steps = lines(one / "metrics.jsonl"), lines(other / "metrics.jsonl")
+    assert len(steps) == len(other_steps)
+    for a, b in zip(steps, other_steps, strict=True):
         if a["step"] == 0:
-            a.pop("accuracy", None)  # of log-ratios that are all 0, but for rounding
+            a.pop("accuracy", None)  # all log-ratios are 0 up to rounding, so it depends on rounding alone
             b.pop("accuracy", None)
         assert a == pytest.approx(b, rel=1e-3, abs=2e-5)
-    weights, found = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert weights.keys() == found.keys()
+    weights, other_weights = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == other_weights.keys()
     for key, weight in weights.items():
-        torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(other_weights[key], weight, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.parametrize(("stage", "count", "sharded"), CASES)
-def test_several_processes_do_what_one_does(group, stage, count, sharded):
-    out = group / name(stage, count, sharded)
-    assert_same_run(group / name(stage, 1, False), out)
+def test_several_processes_train_the_same_model_as_one(group, stage, count, sharded):
+    out = group / case_name(stage, count, sharded)
+    assert_same_run(group / case_name(stage, 1, False), out)
     assert json.loads((out / "manifest.json").read_text())["processes"] == count
 
 
 @pytest.mark.parametrize("shard", [False, True])
-def test_split_and_evaluation_share_rows_that_do_not_come_out(hh_run, tmp_path, shard):
+def test_the_split_and_the_evaluation_divide_rows_that_are_no_multiple_of_the_processes(hh_run, tmp_path, shard):
     for stage, text in (("split", SPLIT), ("eval", EVAL)):
         run_script(*command(text, hh_run, tmp_path / stage))
-        processes(3, *command(text, hh_run, tmp_path / f"{stage}-3", "--shard", shard))
+        run_processes(3, *command(text, hh_run, tmp_path / f"{stage}-3", "--shard", shard))
     one, three = lines(tmp_path / "split" / "scores.jsonl"), lines(tmp_path / "split-3" / "scores.jsonl")
     assert [(r["id"], r["part"]) for r in one] == [(r["id"], r["part"]) for r in three]
     for a, b in zip(one, three, strict=True):
@@ -81,7 +81,8 @@ def test_split_and_evaluation_share_rows_that_do_not_come_out(hh_run, tmp_path, 
         assert [r["kl"] for r in one] == pytest.approx([r["kl"] for r in three], abs=2e-5)
 
 
-def launched(count: int, *flags: str) -> subprocess.Popen[str]:
+def start_processes(count: int, *flags: str) -> subprocess.Popen[str]:
+    """Start a stage in several processes without waiting for them. Returns the launcher."""
     command = [sys.executable, "-m", "mpo.runtime.launch", str(count), *flags]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -93,42 +94,42 @@ def wait_for_steps(out: Path, steps: int) -> None:
         time.sleep(0.02)
 
 
-def workers(launcher: int) -> list[int]:
-    """The process ids of a launcher's children."""
+def children(launcher: int) -> list[int]:
+    """The process ids of the processes that a launcher has started."""
     return [int(x) for x in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
 
 
-def test_stopped_with_two_processes_going_on_with_four_and_with_one(hh_run, tmp_path):
-    run_script(*command(DPO, hh_run, tmp_path / "straight"))
+def test_a_run_stopped_with_two_processes_continues_with_four_and_with_one(hh_run, tmp_path):
+    run_script(*command(DPO, hh_run, tmp_path / "uninterrupted"))
     out = tmp_path / "out"
     for count in (2, 4):
-        process = launched(count, *command(DPO, hh_run, out, "--shard", "true", "--save_every", 1000))
+        launcher = start_processes(count, *command(DPO, hh_run, out, "--shard", "true", "--save_every", 1000))
         wait_for_steps(out, 10 * count)
-        process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=120)[1]
-        assert process.returncode == 128 + signal.SIGTERM, said
-        assert said.count("which is saved; the same command goes on from there") == 1, said
+        launcher.send_signal(signal.SIGTERM)
+        stderr = launcher.communicate(timeout=120)[1]
+        assert launcher.returncode == 128 + signal.SIGTERM, stderr
+        assert stderr.count("which is saved; the same command goes on from there") == 1, stderr
         steps = len(lines(out / "metrics.jsonl"))
         assert max(p.name for p in (out / "saves").iterdir()) == f"step-{steps:08d}"
     done = run_script(*command(DPO, hh_run, out))
     assert "going on after step" in done.stdout
-    assert_same_run(tmp_path / "straight", out)
+    assert_same_run(tmp_path / "uninterrupted", out)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="finds the processes by /proc")
-def test_a_process_that_dies_ends_the_job_with_one_line_and_the_run_goes_on(hh_run, tmp_path):
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc to find the processes")
+def test_a_process_that_dies_ends_the_job_with_one_line_and_the_run_can_be_continued(hh_run, tmp_path):
     out = tmp_path / "out"
     flags = command(DPO, hh_run, out, "--save_every", 0)
-    process = launched(2, *flags)
+    launcher = start_processes(2, *flags)
     wait_for_steps(out, 5)
-    os.kill(workers(process.pid)[-1], signal.SIGKILL)
-    said = process.communicate(timeout=120)[1].splitlines()
-    assert process.returncode == 1
-    words = [line for line in said if "it/s" not in line and line.strip()]
-    assert words == [
+    os.kill(children(launcher.pid)[-1], signal.SIGKILL)
+    stderr = launcher.communicate(timeout=120)[1].splitlines()
+    assert launcher.returncode == 1
+    messages = [line for line in stderr if "it/s" not in line and line.strip()]  # without progress bars
+    assert messages == [
         "launch.py: stopped: process 1 of 2 was killed (SIGKILL); the same command goes on from the last save"
     ]
-    assert "going on after step" in processes(2, *flags).stdout
+    assert "going on after step" in run_processes(2, *flags).stdout
 
 
 BEGIN = f"""
@@ -143,45 +144,45 @@ def main(argv):
 """
 
 
-def test_processes_end_without_tearing_the_interpreter_down(tmp_path):
-    """A thread of gloo's that asks for it then would abort the process, now and then."""
+def test_processes_exit_without_shutting_the_interpreter_down(tmp_path):
+    """During a shutdown of the interpreter, a thread of gloo sometimes aborts the process."""
     script = tmp_path / "script.py"
     script.write_text(BEGIN + "    atexit.register(os.abort)\n    print('done')\nrun_plain(main)\n")
-    said = processes(2, str(script)).stdout.splitlines()
-    assert [line for line in said if not line.startswith("[Gloo]")] == ["done"]  # older gloos say who is connected
+    printed = run_processes(2, str(script)).stdout.splitlines()
+    assert [line for line in printed if not line.startswith("[Gloo]")] == ["done"]  # older versions print connections
 
 
 @pytest.mark.parametrize(
-    ("second", "status", "words"),
+    ("second", "status", "message"),
     [
         ("os.abort()", 1, "launch.py: stopped: process 1 of 2 was killed (SIGABRT); the same command goes on"),
         ("raise InputError('a wrong row')", 2, "script.py: error: a wrong row"),
     ],
 )
-def test_the_process_that_ended_the_job_is_named_and_not_the_one_ended_for_it(second, status, words, tmp_path):
+def test_the_message_is_about_the_process_that_failed_first(second, status, message, tmp_path):
     script = tmp_path / "script.py"
     wait = "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(60)"
     script.write_text(BEGIN + f"    if distributed.is_main(): {wait}\n    {second}\nrun_plain(main)\n")
-    assert processes(2, str(script), expect=status).stderr.startswith(words)
+    assert run_processes(2, str(script), expect=status).stderr.startswith(message)
 
 
-def test_what_is_wrong_is_said_once(hh_run, tmp_path):
+def test_wrong_input_is_reported_once_and_not_by_every_process(hh_run, tmp_path):
     flags = command(DPO, hh_run, tmp_path / "out", "--model", tmp_path / "nowhere")
-    done = processes(2, *flags, expect=2)
+    done = run_processes(2, *flags, expect=2)
     assert done.stderr.splitlines() == [
         f"train_dpo.py: error: --model {tmp_path / 'nowhere'}: no such file or folder; has the stage that writes it "
         "run?"
     ]
-    done = processes(2, *command(DPO, hh_run, tmp_path / "out", "--bta", 1), expect=2)
+    done = run_processes(2, *command(DPO, hh_run, tmp_path / "out", "--bta", 1), expect=2)
     assert done.stderr.splitlines() == ["train_dpo.py: error: unknown flag --bta; did you mean --beta?"]
-    done = processes(3, *command(DPO, hh_run, tmp_path / "out"), expect=2)
+    done = run_processes(3, *command(DPO, hh_run, tmp_path / "out"), expect=2)
     assert "8 is not a multiple of the 3 processes" in done.stderr.splitlines()[-1]
 
 
-def test_a_number_that_is_not_finite_stops_all_processes_in_one_line(hh_run, tmp_path):
+def test_diverging_weights_stop_all_processes_with_one_line(hh_run, tmp_path):
     flags = command(DPO, hh_run, tmp_path / "out", "--lr", "1e30", "--warmup", 0, "--save_every", 0)
     for shard in (False, True):
-        done = processes(2, *flags, "--shard", str(shard), expect=1)
+        done = run_processes(2, *flags, "--shard", str(shard), expect=1)
         last = done.stderr.splitlines()[-1]
         assert last.startswith("train_dpo.py: stopped: ")
         assert "is not finite" in last

@@ -1,4 +1,4 @@
-"""The command line that the dataclasses make."""
+"""The command line, which is generated from the dataclasses of mpo/config.py."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ NEEDED = ["--data", "d", "--model", "m", "--out", "o"]
 STAGES = [c for c in vars(config).values() if isinstance(c, type) and c.__name__.endswith("Config")]
 
 
-def test_types_defaults_and_both_spellings():
+def test_flags_have_types_defaults_and_two_spellings():
     c = parse(DPOConfig, [*NEEDED, "--lr=0.5", "--max-prompt", "7", "--overwrite", "true"])
     assert (c.lr, c.max_prompt, c.overwrite, c.beta) == (0.5, 7, True, DPOConfig(data="", model="", out="").beta)
 
 
-def test_a_negative_number_is_a_value():
+def test_a_negative_number_is_read_as_a_value():
     assert parse(SplitConfig, ["--data", "d", "--rm", "r", "--out", "o", "--gamma=-1"]).gamma == "-1"
 
 
@@ -35,12 +35,12 @@ def test_a_negative_number_is_a_value():
         (["--lr"], "argument --lr: expected one argument"),
     ],
 )
-def test_bad_flags_name_themselves(flags, message):
+def test_the_message_names_the_wrong_flag(flags, message):
     with pytest.raises(InputError, match=message):
         parse(DPOConfig, [*NEEDED, *flags])
 
 
-def test_missing_and_wrong_choices():
+def test_missing_flags_and_unknown_choices_are_refused():
     with pytest.raises(InputError, match="required: --data, --model, --out"):
         parse(DPOConfig, [])
     with pytest.raises(InputError, match="--hard: invalid choice: 'x'"):
@@ -54,20 +54,20 @@ def test_every_field_has_a_comment(cls):
     assert cls.__doc__
 
 
-def test_help_is_grouped_and_what_the_stage_itself_declares_comes_first():
+def test_help_is_grouped_and_starts_with_the_flags_that_the_stage_itself_declares():
     groups = headings(config.PPOConfig)
     assert list(groups)[:5] == ["Prompts and models", "Rollout", "Reward and advantage", "Optimisation", "Critic"]
     assert list(groups)[-1] == "The run"
-    assert "lr" in groups["Optimisation"]  # declared again by PPOConfig, with its own help
+    assert "lr" in groups["Optimisation"]  # PPOConfig declares it again, with another comment
     assert groups["Optimisation"]["lr"] == "peak learning rate of the policy"
-    assert {"warmup", "grad_clip"} <= set(groups["Optimisation"])  # of the base class, under the same heading
+    assert {"warmup", "grad_clip"} <= set(groups["Optimisation"])  # inherited, and shown under the same heading
     text = run_script("train_ppo.py", "--help").stdout
     positions = [text.index(f"\n{heading}:\n") for heading in groups]
     assert positions == sorted(positions)
     assert text.startswith("usage: train_ppo.py --prompts PROMPTS --model MODEL --ref REF --rm RM")
 
 
-def test_a_division_that_does_not_come_out():
+def test_a_division_with_a_remainder_is_refused():
     assert exact_div(8, 2, "x") == 4
     with pytest.raises(InputError, match="--a and --b: 7 is not a multiple of 2"):
         exact_div(7, 2, "--a and --b")
@@ -80,13 +80,13 @@ SCRIPTS = """prepare_data.py train_tokenizer.py train_sft.py train_rm.py split_d
 
 
 @pytest.mark.parametrize("script", SCRIPTS.split())
-def test_help_explains_every_flag(script):
+def test_every_script_has_a_help_text_with_defaults(script):
     text = run_script(script, "--help").stdout
     assert "--seed" in text
     assert "(default: 1)" in text
 
 
-def test_bad_input_is_one_line_and_status_2(tmp_path):
+def test_bad_input_gives_one_line_and_exit_status_2(tmp_path):
     done = run_script("train_dpo.py", "--data", "none.jsonl", "--model", "m", "--out", tmp_path / "o", expect=2)
     assert done.stderr.startswith("train_dpo.py: error: --data none.jsonl: no such file or folder")
     assert done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on ends with the same bytes; signals save first; damage is noticed."""
+"""A stage that is killed and continued ends with the same bytes; a signal saves first; a damaged save is not used."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from tests.support.scripts import ROOT, run_script
 
 
 def crashes(hh_run: Path, work: Path, stage: str, kills: int) -> dict[str, object]:
+    """What tests/support/crashes.py reports after killing a stage."""
     command = [sys.executable, "-m", "tests.support.crashes", str(hh_run), str(work), stage, str(kills), "1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    outcome: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return outcome
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_at_random_moments_a_stage_ends_with_the_same_bytes(hh_run, tmp_path, stage):
-    found = crashes(hh_run, tmp_path, stage, 3)
-    assert found["same"], (tmp_path / "killed-0.log").read_text()[-2000:]
-    assert found["resumed"], "no kill came behind the first save"
+def test_a_stage_killed_at_random_moments_ends_with_the_same_bytes(hh_run, tmp_path, stage):
+    outcome = crashes(hh_run, tmp_path, stage, 3)
+    assert outcome["same"], (tmp_path / "killed-0.log").read_text()[-2000:]
+    assert outcome["resumed"], "no kill came after the first save"
 
 
-def test_killed_at_every_point_of_a_write(hh_run, tmp_path):
-    found = crashes(hh_run, tmp_path, "dpo", 0)
-    assert found["same"], (tmp_path / "killed.log").read_text()[-2000:]
-    assert found["kills"] >= 9
+def test_a_stage_killed_within_its_writes_ends_with_the_same_bytes(hh_run, tmp_path):
+    outcome = crashes(hh_run, tmp_path, "dpo", 0)
+    assert outcome["same"], (tmp_path / "killed.log").read_text()[-2000:]
+    assert outcome["kills"] >= 9
 
 
 DPO = ("--steps", 100, "--save_every", 1000, *SMALL)
@@ -47,7 +48,7 @@ def dpo_flags(hh_run: Path, out: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_first(hh_run, tmp_path, number):
+def test_a_stage_that_gets_a_signal_saves_before_it_ends_and_can_be_continued(hh_run, tmp_path, number):
     out = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, *dpo_flags(hh_run, out)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -57,14 +58,14 @@ def test_a_signal_saves_first(hh_run, tmp_path, number):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    said = process.communicate(timeout=120)[1]
+    stderr = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + number
     step = len((out / "metrics.jsonl").read_text().splitlines())
-    assert said.splitlines()[-1] == (
+    assert stderr.splitlines()[-1] == (
         f"train_dpo.py: interrupted after step {step}, which is saved; the same command goes on from there"
     )
     assert [p.name for p in (out / "saves").iterdir()] == [f"step-{step:08d}"]
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
     done = run_script(*dpo_flags(hh_run, out))
     assert f"going on after step {step}" in done.stdout
     assert not (out / "saves").exists()
@@ -73,7 +74,7 @@ def test_a_signal_saves_first(hh_run, tmp_path, number):
 
 @pytest.fixture
 def interrupted(hh_run, tmp_path):
-    """A DPO stage that was stopped with two saves."""
+    """The flags and the folder of a DPO stage that was killed after step 6, with two saves."""
     code = (
         "import sys, runpy, os, signal\n"
         "from mpo.runtime import stage\n"
@@ -95,7 +96,7 @@ def interrupted(hh_run, tmp_path):
     return flags, tmp_path / "out"
 
 
-def test_a_damaged_save_is_left_out_and_the_one_before_serves(interrupted):
+def test_a_damaged_save_is_left_out_and_the_one_before_it_is_used(interrupted):
     flags, out = interrupted
     (newest,) = (out / "saves" / "step-00000006").glob("*.safetensors")
     content = bytearray(newest.read_bytes())
@@ -107,7 +108,7 @@ def test_a_damaged_save_is_left_out_and_the_one_before_serves(interrupted):
 
 
 @pytest.mark.parametrize(("pattern", "size"), [("*.safetensors", 0), ("*.safetensors", 10_000), ("about.json", 100)])
-def test_truncated_saves_are_left_out(interrupted, pattern, size):
+def test_a_stage_whose_saves_are_all_truncated_starts_from_the_beginning(interrupted, pattern, size):
     flags, out = interrupted
     for path in (out / "saves").rglob(pattern):
         os.truncate(path, size)
@@ -117,7 +118,7 @@ def test_truncated_saves_are_left_out(interrupted, pattern, size):
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 10
 
 
-def test_other_flags_start_from_the_beginning(interrupted):
+def test_saves_made_with_other_flags_are_not_used(interrupted):
     flags, out = interrupted
     done = run_script(*flags, "--beta", "0.1")
     assert done.stderr.count("made with other flags or inputs; it is left out") == 2

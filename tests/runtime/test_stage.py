@@ -1,4 +1,4 @@
-"""A finished stage is never overwritten unasked, and its manifest records inputs and outputs."""
+"""A finished stage is only overwritten on request, and its manifest records its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from mpo.runtime.stage import Stage, hash_tree
 from tests.support.scripts import run_script
 
 
-def stage(tmp_path, overwrite=False, **inputs):
+def open_stage(tmp_path, overwrite=False, **inputs):
     config = DataConfig(out=str(tmp_path / "out"))
     return Stage(config, inputs, config.out, overwrite)
 
 
 def test_the_manifest_records_inputs_and_outputs(tmp_path):
     (tmp_path / "in.txt").write_text("hello")
-    s = stage(tmp_path, data=str(tmp_path / "in.txt"))
-    s.log(0, {"loss": 1.0})
-    write_json(s.out / "result.json", [1])
-    assert not s.manifest.exists()
-    s.finish(rows=3)
-    manifest = read_json(s.manifest)
+    stage = open_stage(tmp_path, data=str(tmp_path / "in.txt"))
+    stage.log(0, {"loss": 1.0})
+    write_json(stage.out / "result.json", [1])
+    assert not stage.manifest.exists()
+    stage.finish(rows=3)
+    manifest = read_json(stage.manifest)
     hello = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"  # echo -n hello | sha256sum
     assert manifest["inputs"]["data"]["sha256"] == {"in.txt": hello}
     assert set(manifest["outputs"]) == {"stage.json", "result.json"}
     assert manifest["results"] == {"rows": 3}
     assert manifest["config"]["seed"] == 1
-    assert json.loads((s.out / "metrics.jsonl").read_text()) == {"step": 0, "loss": 1.0}
-    assert manifest["outputs"] == hash_tree(s.out)
+    assert json.loads((stage.out / "metrics.jsonl").read_text()) == {"step": 0, "loss": 1.0}
+    assert manifest["outputs"] == hash_tree(stage.out)
 
 
-def test_a_finished_stage_is_kept_unless_asked(tmp_path):
-    stage(tmp_path).finish()
+def test_a_finished_stage_is_kept_unless_overwrite_is_set(tmp_path):
+    open_stage(tmp_path).finish()
     with pytest.raises(InputError, match="holds a finished stage"):
-        stage(tmp_path)
+        open_stage(tmp_path)
     assert (tmp_path / "out" / "manifest.json").exists()
-    stage(tmp_path, overwrite=True)
+    open_stage(tmp_path, overwrite=True)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_an_unfinished_stage_starts_again(tmp_path):
-    stage(tmp_path).log(0, {"loss": 1.0})
-    stage(tmp_path)
+def test_an_unfinished_stage_starts_again_without_its_old_metrics(tmp_path):
+    open_stage(tmp_path).log(0, {"loss": 1.0})
+    open_stage(tmp_path)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
 
-def test_peak_memory_is_this_programs_own():
+def test_peak_memory_does_not_count_the_program_that_started_this_one():
     ballast = bytearray(1 << 30)
-    ballast[::4096] = b"x" * len(ballast[::4096])  # so that the pages are there
+    ballast[::4096] = b"x" * len(ballast[::4096])  # writing to each page makes the system allocate it
     code = "from mpo.runtime.stage import peak_memory_mb; print(peak_memory_mb())"
     done = run_script("-c", code)
     assert 10 < float(done.stdout) < 900

@@ -1,7 +1,12 @@
-"""Kill a stage again and again, and compare results: python -m tests.support.crashes RUN WORK STAGE KILLS SEED
+"""Kill a stage again and again, and check that its result stays the same:
 
-A process that has imported everything forks the stage, so that a kill costs what the stage had done and not an
-import. Prints one JSON object.
+    python -m tests.support.crashes RUN WORK STAGE KILLS SEED
+
+RUN is a finished run, whose data and models the stage reads. WORK is a folder for what the stage writes. The stage is
+killed KILLS times at random moments; with KILLS = 0, it is killed within writes instead, at one step after another.
+
+This process imports everything once and forks each attempt. A kill then costs only the work that the stage had done,
+and not another import. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # torch's optimisers would, in each stage
+import torch._dynamo  # torch's optimisers would import it in every fork, which is slow
 
 import train_dpo
 import train_ppo
@@ -31,7 +36,7 @@ PPO = "--batch 8 --minibatch 4 --microbatch 4 --max_new 10 --critic_warmup 1"
 MODELS = "--prompts {run}/split/prompts.jsonl --model {run}/dpo --ref {run}/sft --rm {run}/rm"
 DPO = "--data {run}/split/pairs.jsonl --model {run}/sft --steps 48 --batch 8"
 
-# name -> (script, its config, flags)
+# stage -> (its script, its config class, its flags)
 STAGES: dict[str, tuple[Any, type, str]] = {
     "sft": (train_sft, SFTConfig, "--data {run}/data --tokenizer {run}/tokenizer --batch 8 --microbatch 8 --epochs 2"),
     "sft-frugal": (
@@ -54,18 +59,26 @@ STAGES: dict[str, tuple[Any, type, str]] = {
     "ppo-grpo": (train_ppo, PPOConfig, f"{MODELS} {PPO} --iterations 6 --advantage grpo --group 4 --threads 2"),
 }
 
-
-FEW = {
-    "sft": "--epochs 0.5",
-    "rm": "--epochs 0.5",
-    "dpo": "--steps 8 --keep 0",
-    "ppo": "--iterations 4 --keep 0",
-}  # steps
-FEWER = {"sft": "--epochs 0.25", "rm": "--epochs 0.25", "dpo": "--steps 4 --keep 0", "ppo": "--iterations 2 --keep 0"}
+# Flags that shorten a stage, by the part of its name before the dash.
+SHORT = {"sft": "--epochs 0.5", "rm": "--epochs 0.5", "dpo": "--steps 8 --keep 0", "ppo": "--iterations 4 --keep 0"}
+SHORTEST = {
+    "sft": "--epochs 0.25",
+    "rm": "--epochs 0.25",
+    "dpo": "--steps 4 --keep 0",
+    "ppo": "--iterations 2 --keep 0",
+}
 
 
 def start(stage: str, base: Path, out: Path, *more: str, before: Any = None) -> int:
-    """Fork a stage as a user runs it; returns its process id. `before` is called in the child first."""
+    """Run a stage in a forked process, as a user would run it. Returns the process id.
+
+    Args:
+        stage: a key of STAGES.
+        base: the run whose data and models the stage reads.
+        out: the stage's folder. What it prints is appended to a log beside the folder.
+        more: further flags.
+        before: a function that the child calls before the stage starts.
+    """
     script, config, flags = STAGES[stage]
     sys.stdout.flush()
     if child := os.fork():
@@ -92,72 +105,83 @@ def start(stage: str, base: Path, out: Path, *more: str, before: Any = None) -> 
 
 
 def wait(child: int) -> int:
-    """The exit status; minus the signal for a process that one ended."""
+    """Wait for a process. Returns its exit status, or minus the number of the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def result(out: Path) -> dict[str, str]:
-    """Hashes of all that must come out alike: every model, kept ones too, and the metrics."""
+def has_ended(child: int) -> bool:
+    """True once a process has ended. `wait` still has to be called for it."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def result_hashes(out: Path) -> dict[str, str]:
+    """Hashes of what a kill must not change: the metrics, and every model, including the intermediate ones."""
     files = (p for p in sorted(out.rglob("*")) if p.suffix in (".safetensors", ".jsonl"))
     return {str(p.relative_to(out)): sha256(p) for p in files if "saves" not in p.parts}
 
 
-def straight(stage: str, base: Path, out: Path, *more: str) -> tuple[dict[str, str], float]:
-    """The result without any interruption, and how long it takes."""
+def uninterrupted(stage: str, base: Path, out: Path, *more: str) -> tuple[dict[str, str], float]:
+    """Run a stage without killing it. Returns the hashes of its result, and how many seconds it took."""
     began = time.monotonic()
     if status := wait(start(stage, base, out, *more)):
         raise RuntimeError(f"{stage} ended with {status}: {out.with_suffix('.log').read_text()[-2000:]}")
-    return result(out), time.monotonic() - began
+    return result_hashes(out), time.monotonic() - began
 
 
-def going_on(out: Path) -> int:
-    """How often the log says that a try went on from a save."""
+def resumptions(out: Path) -> int:
+    """How many attempts continued from a save, according to the log."""
     return out.with_suffix(".log").read_text().count("going on after step")
 
 
-def logged(out: Path) -> int:
-    """The size of the metrics so far."""
+def metrics_size(out: Path) -> int:
+    """The size of metrics.jsonl in bytes; 0 before it exists."""
     metrics = out / "metrics.jsonl"
     return metrics.stat().st_size if metrics.exists() else 0
 
 
-def at_random(stage: str, base: Path, work: Path, kills: int, seed: int) -> dict[str, Any]:
-    """SIGKILL after random times, until so many have hit; when a stage is finished, the next one starts."""
-    expected, seconds = straight(stage, base, work / "straight")
+def kill_at_random(stage: str, base: Path, work: Path, kills: int, seed: int) -> dict[str, Any]:
+    """Kill a stage at random moments until `kills` kills have hit. A stage that finishes first is started anew."""
+    expected, seconds = uninterrupted(stage, base, work / "uninterrupted")
     draw, hit, finished, same, resumed = random.Random(seed), 0, 0, True, 0
     while hit < kills:
         out = work / f"killed-{finished}"
         child = start(stage, base, out)
-        if hit % 3:  # of three kills one comes at any time, two while the stage takes its steps
-            steps = logged(out)
-            while logged(out) == steps and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if hit % 3:  # two kills in three wait until the stage has logged a step; the third may come during start-up
+            size = metrics_size(out)
+            while metrics_size(out) == size and not has_ended(child):
                 time.sleep(0.002)
         time.sleep(draw.uniform(0, (0.2 if hit % 3 else 0.7) * seconds))
         os.kill(child, signal.SIGKILL)
         if wait(child) == -signal.SIGKILL:
             hit += 1
         else:
-            finished, same = finished + 1, same and result(out) == expected
-            resumed += going_on(out)
+            finished, same = finished + 1, same and result_hashes(out) == expected
+            resumed += resumptions(out)
     out = work / f"killed-{finished}"
     status = wait(start(stage, base, out))
-    resumed += going_on(out)
+    resumed += resumptions(out)
     return {
         "kills": hit,
         "resumed": resumed,
         "runs": finished + 1,
-        "same": same and not status and result(out) == expected,
+        "same": same and not status and result_hashes(out) == expected,
     }
 
 
-def at_every_point_of_a_save(stage: str, base: Path, work: Path) -> dict[str, Any]:
-    """Die at each of the moments within writing a file: before it is on the disk, before and behind its name."""
-    few = FEW[stage.split("-")[0]].split()
-    expected, _ = straight(stage, base, work / "straight", *few)
-    out, died = work / "killed", 0
+def kill_within_writes(stage: str, base: Path, work: Path) -> dict[str, Any]:
+    """Kill a stage at the first step of its writes, the next attempt at the second step, and so on until one finishes.
+
+    A write has three steps: it syncs the temporary file, renames it, and syncs the folder.
+    """
+    short = SHORT[stage.split("-")[0]].split()
+    expected, _ = uninterrupted(stage, base, work / "uninterrupted", *short)
+    out, kills = work / "killed", 0
 
     def die_at(call: int) -> Any:
-        """SIGKILL at the call-th step of any write from now on; half of the file is there at the first of three."""
+        """A function that makes a process kill itself before step number `call`, counted over all of its writes.
+
+        If the file has not been synced yet, half of it is cut off, as a crash of the machine might do.
+        """
         count, sync, replace = [0], files.sync, Path.replace
 
         def step(path: Path) -> None:
@@ -180,29 +204,24 @@ def at_every_point_of_a_save(stage: str, base: Path, work: Path) -> dict[str, An
 
         return patch
 
-    call = 4  # 1 to 3: stage.json
+    call = 4  # steps 1 to 3 write stage.json, before the stage has done anything
     while not (out / "manifest.json").exists():
-        status = wait(start(stage, base, out, *few, before=die_at(call)))
+        status = wait(start(stage, base, out, *short, before=die_at(call)))
         if status not in (0, -signal.SIGKILL):
             raise RuntimeError(f"{stage} ended with {status}: {out.with_suffix('.log').read_text()[-2000:]}")
-        died += status != 0
+        kills += status != 0
         call += 1
-    return {"kills": died, "resumed": going_on(out), "runs": 1, "same": result(out) == expected}
+    return {"kills": kills, "resumed": resumptions(out), "runs": 1, "same": result_hashes(out) == expected}
 
 
 def main() -> None:
-    """Every stage, or the named one."""
-    base, work, stage, kills, seed = (
-        Path(sys.argv[1]),
-        Path(sys.argv[2]),
-        sys.argv[3],
-        int(sys.argv[4]),
-        int(sys.argv[5]),
-    )
+    """Kill the stage named on the command line, and print what happened."""
+    base, work, stage = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+    kills, seed = int(sys.argv[4]), int(sys.argv[5])
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    found = at_every_point_of_a_save(stage, base, work) if kills == 0 else at_random(stage, base, work, kills, seed)
-    print(json.dumps({"stage": stage, **found}))
+    outcome = kill_at_random(stage, base, work, kills, seed) if kills else kill_within_writes(stage, base, work)
+    print(json.dumps({"stage": stage, **outcome}))
 
 
 if __name__ == "__main__":

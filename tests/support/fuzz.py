@@ -1,8 +1,9 @@
 """Malformed input for every reader: python -m tests.support.fuzz CASES SEED [TARGET ...]
 
-A case is a good input, broken at random. Each has to end in acceptance or in an InputError of one line that names the
-file: no other exception, no hang, no crash of the process, no memory that grows, nothing written. Prints one JSON
-object a target. CASES are shared out among the targets; within each they are numbered from 0.
+A target is a reader, and a case is a good input that was broken at random. The reader must accept it, or raise an
+InputError whose message is one line and names the file. Everything else is a fault: another exception, a hang, a crash
+of the process, memory that keeps growing, or a file left behind. CASES are divided among the targets; within each
+target they are numbered from 0. Prints one JSON object for each target.
 """
 
 from __future__ import annotations
@@ -46,12 +47,12 @@ from mpo.world.build import build
 from tests.conftest import small_model
 from tests.support.mutations import WORDS, broken_bytes, broken_json, broken_lines
 
-SECONDS = 10  # a case may take
-GROWTH = 1 << 30  # bytes by which the process may grow over all cases
+SECONDS = 10  # the most time that a case may take
+GROWTH = 1 << 30  # the most bytes by which the process may grow over all cases
 
 
-class Ground:
-    """Good inputs of every kind, made once, in a folder."""
+class GoodInputs:
+    """Good inputs of every kind, made once, in a folder. Each case breaks a copy of one of them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -72,82 +73,82 @@ class Ground:
         self.tokenizer.save(folder / "tokenizer")
         self.files = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
-    def put(self, path: str, content: bytes) -> Path:
-        """Write a broken file."""
-        where = self.folder / path
-        where.parent.mkdir(parents=True, exist_ok=True)
-        where.write_bytes(content)
-        return where
+    def write(self, name: str, content: bytes) -> Path:
+        """Write a broken file into the folder. Returns its path."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return path
 
     def copy(self, name: str) -> Path:
-        """A fresh copy of one of the good folders."""
+        """Copy one of the good folders to the folder "case", which is replaced. Returns the copy."""
         case = self.folder / "case"
         shutil.rmtree(case, ignore_errors=True)
         shutil.copytree(self.folder / name, case)
         return case
 
 
-# --- one function a reader: break an input, read it -------------------------------------------------
+# --- one function for each target: break an input, then read it -------------------------------------
 
 
-def rows(ground: Ground, draw: random.Random) -> None:
-    """Our own row files, plain and gzipped, up to token ids."""
-    content = broken_lines(ground.rows, draw)
-    packed = draw.random() < 0.3
-    name = "case.jsonl.gz" if packed else "case.jsonl"
-    encode(read_rows(ground.put(name, gzip.compress(content) if packed else content)), ground.tokenizer, 200, 100)
+def rows(inputs: GoodInputs, draw: random.Random) -> None:
+    """Files of rows, plain and gzipped. Rows that are read are also tokenised."""
+    content = broken_lines(inputs.rows, draw)
+    compressed = draw.random() < 0.3
+    name = "case.jsonl.gz" if compressed else "case.jsonl"
+    encode(read_rows(inputs.write(name, gzip.compress(content) if compressed else content)), inputs.tokenizer, 200, 100)
 
 
-def gz(ground: Ground, draw: random.Random) -> None:
+def gz(inputs: GoodInputs, draw: random.Random) -> None:
     """Damaged gzip files."""
-    read_rows(ground.put("case.jsonl.gz", broken_bytes(gzip.compress(ground.rows.encode()), draw)))
+    read_rows(inputs.write("case.jsonl.gz", broken_bytes(gzip.compress(inputs.rows.encode()), draw)))
 
 
-def hh_text(ground: Ground, draw: random.Random) -> None:
-    """HH dialogues through the data stage, which must leave nothing half-written behind."""
-    shutil.rmtree(ground.folder / "hh", ignore_errors=True)
-    shutil.rmtree(ground.folder / "out", ignore_errors=True)
-    text = broken_lines(ground.dialogues, draw)
-    if draw.random() < 0.5:  # within a string, so that it stays JSON
-        inner = broken_bytes(json.loads(ground.dialogues.splitlines()[0])["chosen"].encode(), draw)
+def hh_text(inputs: GoodInputs, draw: random.Random) -> None:
+    """HH dialogues, read by the data stage, which must not leave an unfinished file behind."""
+    shutil.rmtree(inputs.folder / "hh", ignore_errors=True)
+    shutil.rmtree(inputs.folder / "out", ignore_errors=True)
+    text = broken_lines(inputs.dialogues, draw)
+    if draw.random() < 0.5:  # break the text of a dialogue, so that the line is still JSON
+        inner = broken_bytes(json.loads(inputs.dialogues.splitlines()[0])["chosen"].encode(), draw)
         text += json.dumps(
             {"chosen": inner.decode(errors="replace"), "rejected": "\n\nHuman: a\n\nAssistant: b"}
         ).encode()
-    ground.put("hh/base/train.jsonl", text)
-    ground.put("hh/base/test.jsonl", ground.dialogues.encode())
-    out = ground.folder / "out"
+    inputs.write("hh/base/train.jsonl", text)
+    inputs.write("hh/base/test.jsonl", inputs.dialogues.encode())
+    out = inputs.folder / "out"
     try:
-        prepare_data.main(DataConfig(out=str(out), task="hh", data=str(ground.folder / "hh"), train=0, test=0))
+        prepare_data.main(DataConfig(out=str(out), task="hh", data=str(inputs.folder / "hh"), train=0, test=0))
     except InputError:
         if left := [p.name for p in out.rglob("*") if p.name not in ("stage.json",)]:
             raise AssertionError(f"left behind: {left}") from None
         raise
-    hh.read_folder(ground.folder / "hh", "train", Counter())
+    hh.read_folder(inputs.folder / "hh", "train", Counter())
 
 
-def comparisons(ground: Ground, draw: random.Random) -> None:
+def comparisons(inputs: GoodInputs, draw: random.Random) -> None:
     """TL;DR comparison files."""
-    ground.put("tldr/comparisons/train.json", broken_lines(ground.comparisons, draw))
-    tldr.read_folder(ground.folder / "tldr", "train", Counter())
+    inputs.write("tldr/comparisons/train.json", broken_lines(inputs.comparisons, draw))
+    tldr.read_folder(inputs.folder / "tldr", "train", Counter())
 
 
-def tokenizer(ground: Ground, draw: random.Random) -> None:
-    """tokenizer.model; one that is accepted has to encode and decode."""
-    ground.put("tok/tokenizer.model", broken_bytes(ground.tokenizer.vocabulary.files["tokenizer.model"], draw))
-    found = load_tokenizer(ground.folder / "tok")
-    found.decode(found.prompt_ids("Hello.\n\nHuman: ä") + found.response_ids(" Yes."))
+def tokenizer(inputs: GoodInputs, draw: random.Random) -> None:
+    """tokenizer.model. A tokenizer that is accepted must be able to encode and decode."""
+    inputs.write("tok/tokenizer.model", broken_bytes(inputs.tokenizer.vocabulary.files["tokenizer.model"], draw))
+    loaded = load_tokenizer(inputs.folder / "tok")
+    loaded.decode(loaded.prompt_ids("Hello.\n\nHuman: ä") + loaded.response_ids(" Yes."))
 
 
-def config(ground: Ground, draw: random.Random) -> None:
-    """config.json of a model."""
-    case = ground.copy("model")
+def config(inputs: GoodInputs, draw: random.Random) -> None:
+    """The config.json of a model."""
+    case = inputs.copy("model")
     (case / "config.json").write_bytes(broken_json((case / "config.json").read_text(), draw))
     load_model(case)
 
 
-def weights(ground: Ground, draw: random.Random) -> None:
-    """model.safetensors: its header, as JSON or bytes, and its content."""
-    case = ground.copy(draw.choice(("model", "rm")))
+def weights(inputs: GoodInputs, draw: random.Random) -> None:
+    """model.safetensors: the JSON of its header, the length of the header, or any of its bytes."""
+    case = inputs.copy(draw.choice(("model", "rm")))
     path = case / "model.safetensors"
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
@@ -163,16 +164,16 @@ def weights(ground: Ground, draw: random.Random) -> None:
     (load_scalar if draw.random() < 0.3 else load_model)(case)
 
 
-def index(ground: Ground, draw: random.Random) -> None:
-    """model.safetensors.index.json of shards."""
-    case = ground.copy("shards")
+def index(inputs: GoodInputs, draw: random.Random) -> None:
+    """The model.safetensors.index.json of a model in several files."""
+    case = inputs.copy("shards")
     path = case / "model.safetensors.index.json"
     path.write_bytes(broken_json(path.read_text(), draw))
     load_model(case)
 
 
-def flags(ground: Ground, draw: random.Random) -> None:
-    """Command lines of every stage, --loss and --gamma."""
+def flags(inputs: GoodInputs, draw: random.Random) -> None:
+    """Command lines of every stage."""
     classes = [c for c in vars(configs).values() if isinstance(c, type) and c.__name__.endswith("Config")]
     words = [
         "--lr",
@@ -197,34 +198,33 @@ def flags(ground: Ground, draw: random.Random) -> None:
     )
 
 
-def losses(ground: Ground, draw: random.Random) -> None:
-    """--loss and --gamma."""
+def losses(inputs: GoodInputs, draw: random.Random) -> None:
+    """The values of --loss and --gamma, which have a grammar of their own."""
     good = draw.choice(("sigmoid+0.1*sft", "simpo:beta=2.5:gamma=0.5", "0.8*sigmoid+0.2*bco_pair", "q0.5", "1.5"))
     text = broken_bytes(good.encode(), draw).decode(errors="replace")
     if draw.random() < 0.5:
         parse_objective(text, 0.1)
     else:
-        threshold(ground.model.lm_head.weight.detach().flatten()[:50], text)
+        threshold(inputs.model.lm_head.weight.detach().flatten()[:50], text)
 
 
-def saves(ground: Ground, draw: random.Random) -> None:
-    """The saves of an interrupted stage: what is damaged is left out, and the stage begins again."""
+def saves(inputs: GoodInputs, draw: random.Random) -> None:
+    """The saves of an interrupted stage. A damaged save is left out, and the stage starts from the beginning."""
     from mpo.runtime.stage import Stage
 
-    out = ground.folder / "stage"
+    out = inputs.folder / "stage"
     shutil.rmtree(out, ignore_errors=True)
-    asked = DPOConfig(out=str(out), data="", model="")
-    kept = Saves(
-        Stage(asked, {}, asked.out, False), asked, {"m": Part(ground.model, make_optimiser(ground.model, 1e-3, 0.0))}
-    )
-    path = draw.choice(sorted(kept.write(7, {"a": 1}).iterdir()))
+    wanted = DPOConfig(out=str(out), data="", model="")
+    parts = {"m": Part(inputs.model, make_optimiser(inputs.model, 1e-3, 0.0))}
+    of_stage = Saves(Stage(wanted, {}, wanted.out, False), wanted, parts)
+    path = draw.choice(sorted(of_stage.write(7, {"a": 1}).iterdir()))
     path.write_bytes(broken_bytes(path.read_bytes(), draw))
-    step, numbers = kept.restore({"a": 0})
+    step, numbers = of_stage.restore({"a": 0})
     assert (step, numbers) in ((0, {"a": 0}), (7, {"a": 1}))
 
 
-def manifest(ground: Ground, draw: random.Random) -> None:
-    """manifest.json and stage.json, as make verify and the next stage read them."""
+def manifest(inputs: GoodInputs, draw: random.Random) -> None:
+    """A stage's manifest.json, as `make verify` reads it."""
     good = {
         "stage": "x",
         "config": {"seed": 1},
@@ -232,18 +232,23 @@ def manifest(ground: Ground, draw: random.Random) -> None:
         "outputs": {"a": "b"},
         "results": {},
     }
-    case = ground.folder / "run" / "sft"
+    case = inputs.folder / "run" / "sft"
     case.mkdir(parents=True, exist_ok=True)
     write_json(case / "stage.json", {})
     (case / "manifest.json").write_bytes(broken_json(json.dumps(good), draw))
-    verify(ground.folder / "run")
+    verify(inputs.folder / "run")
 
 
-TARGETS: dict[str, Callable[[Ground, random.Random], None]] = {
+TARGETS: dict[str, Callable[[GoodInputs, random.Random], None]] = {
     f.__name__: f
     for f in (rows, gz, hh_text, comparisons, tokenizer, config, weights, index, flags, losses, saves, manifest)
 }
-NAMELESS = ("flags", "losses", "hh_text", "rows")  # what is wrong may be a flag, or all rows together
+NAMELESS = (
+    "flags",
+    "losses",
+    "hh_text",
+    "rows",
+)  # their messages may name a flag, or blame all rows together, instead of naming a file
 
 
 # --- running cases ----------------------------------------------------------------------------------
@@ -253,15 +258,15 @@ def too_long(*_: object) -> None:
     raise TimeoutError(f"more than {SECONDS} seconds")
 
 
-def one_case(name: str, ground: Ground, seed: int, number: int) -> str:
-    """ "accepted", "refused", or what went wrong."""
+def one_case(name: str, inputs: GoodInputs, seed: int, number: int) -> str:
+    """Run one case. Returns "accepted", "refused", or a description of the fault."""
     signal.alarm(SECONDS)
     try:
-        TARGETS[name](ground, random.Random(f"{seed}/{name}/{number}"))
+        TARGETS[name](inputs, random.Random(f"{seed}/{name}/{number}"))
         return "accepted"
     except InputError as e:
         text = str(e)
-        if "\n" in text or not text or (name not in NAMELESS and str(ground.folder) not in text):
+        if "\n" in text or not text or (name not in NAMELESS and str(inputs.folder) not in text):
             return f"a message that is not one line with the file: {text!r:.300}"
         return "refused"
     except BaseException:
@@ -271,21 +276,24 @@ def one_case(name: str, ground: Ground, seed: int, number: int) -> str:
 
 
 def worker(name: str, cases: int, seed: int, first: int, note: Path) -> None:
-    """Run cases from `first` on; `note` says which one is running, should the process die."""
+    """Run the cases from number `first` on, and write the results to the file `note`.
+
+    Until then the file has the number of the current case, so that it is known if the process dies.
+    """
     signal.signal(signal.SIGALRM, too_long)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     with tempfile.TemporaryDirectory() as folder:
-        ground = Ground(Path(folder))
-        one_case(name, ground, seed, -1)  # once, so that growth is growth
+        inputs = GoodInputs(Path(folder))
+        one_case(name, inputs, seed, -1)  # what a first case allocates once does not count as growth
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        if (statm := Path("/proc/self/statm")).exists():  # Linux alone can limit what a process maps
+        if (statm := Path("/proc/self/statm")).exists():  # only Linux can limit the memory that a process maps
             now = int(statm.read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (now + 3 * GROWTH, now + 3 * GROWTH))
         ends: Counter[str] = Counter()
         faults = []
         for number in range(first, cases):
             note.write_text(str(number))
-            end = one_case(name, ground, seed, number)
+            end = one_case(name, inputs, seed, number)
             ends[end if end in ("accepted", "refused") else "faults"] += 1
             if end not in ("accepted", "refused"):
                 faults.append({"case": number, "what": end[-700:]})
@@ -296,30 +304,23 @@ def worker(name: str, cases: int, seed: int, first: int, note: Path) -> None:
 
 
 def run_target(name: str, cases: int, seed: int) -> dict[str, Any]:
-    """All cases of one reader in processes of their own; one that dies is a fault of the case it was at."""
+    """Run all cases of one target in a separate process.
+
+    If the process dies, that is a fault of the case it was running, and a new process goes on with the next case.
+    """
     ends: Counter[str] = Counter()
     faults, first = [], 0
     with tempfile.TemporaryDirectory() as folder:
         note = Path(folder) / "note"
         while first < cases and len(faults) < 20:
             note.write_text(str(first))
-            command = [
-                sys.executable,
-                "-m",
-                "tests.support.fuzz",
-                "--worker",
-                name,
-                str(cases),
-                str(seed),
-                str(first),
-                str(note),
-            ]
-            done = subprocess.run(command, check=False)
+            command = [sys.executable, "-m", "tests.support.fuzz", "--worker", name]
+            done = subprocess.run([*command, str(cases), str(seed), str(first), str(note)], check=False)
             text = note.read_text()
             if done.returncode == 0:
-                found = json.loads(text)
-                ends.update(found["ends"])
-                faults += found["faults"]
+                report = json.loads(text)
+                ends.update(report["ends"])
+                faults += report["faults"]
                 break
             faults.append({"case": int(text), "what": f"the process ended with {done.returncode}"})
             ends.update({"faults": 1, "unknown": int(text) - first})
@@ -328,7 +329,7 @@ def run_target(name: str, cases: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """As the command line says."""
+    """Run the targets named on the command line, by default all. Exits with status 1 if there was a fault."""
     if sys.argv[1] == "--worker":
         name, cases, seed, first, note = sys.argv[2:]
         worker(name, int(cases), int(seed), int(first), Path(note))
@@ -337,9 +338,9 @@ def main() -> None:
     bad = 0
     targets = sys.argv[3:] or list(TARGETS)
     for name in targets:
-        found = run_target(name, math.ceil(cases / len(targets)), seed)
-        bad += len(found["details"])
-        print(json.dumps(found), flush=True)
+        result = run_target(name, math.ceil(cases / len(targets)), seed)
+        bad += len(result["details"])
+        print(json.dumps(result), flush=True)
     sys.exit(bad > 0)
 
 

@@ -1,6 +1,7 @@
-"""Stages in several processes, forked from one that has imported everything: python -m tests.support.group RUN WORK
+"""Run stages in several processes, and the same stages in one process: python -m tests.support.group RUN WORK
 
-Runs every case below and the same stage in one process, into WORK/<stage>-<processes>[-sharded].
+The stages read the data and models of RUN, a finished run. Each writes WORK/<stage>-<processes>[-sharded]. Their
+processes are forked from this one, so that torch is imported only once. test_distributed.py compares the results.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from tests.support.crashes import FEWER, start, wait
+from tests.support.crashes import SHORTEST, start, wait
 
-# stage (crashes.STAGES), processes, sharded
+# (stage, a key of crashes.STAGES; number of processes; whether the model is sharded)
 CASES = [
     ("sft", 4, False),
     ("rm", 2, True),
@@ -25,25 +26,24 @@ CASES = [
     ("dpo-lora", 2, True),
     ("ppo-lora", 2, False),
 ]
+# Saves cost time, so only the last step is saved. test_distributed.py tests how several processes save.
+LAST_SAVE_ONLY = ("--save_every", "1000")
 
 
-SELDOM = ("--save_every", "1000")  # how processes save together is seen in test_parallel.py
-
-
-def name(stage: str, count: int, sharded: bool) -> str:
-    """Of a case's folder."""
+def case_name(stage: str, count: int, sharded: bool) -> str:
+    """The name of the folder that a case writes."""
     return f"{stage}-{count}" + ("-sharded" if sharded else "")
 
 
 def free_port() -> str:
-    """One that nothing listens at."""
+    """A TCP port that no process is using."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return str(s.getsockname()[1])
 
 
-def together(stage: str, base: Path, out: Path, count: int, *more: str) -> list[int]:
-    """A stage in `count` processes, as torchrun would start them; their exit statuses."""
+def run_group(stage: str, base: Path, out: Path, count: int, *more: str) -> list[int]:
+    """Run a stage in `count` processes, as torchrun would start them. Returns their exit statuses."""
     port = free_port()
 
     def join(rank: int) -> None:
@@ -54,15 +54,14 @@ def together(stage: str, base: Path, out: Path, count: int, *more: str) -> list[
 
 
 def main() -> None:
-    """Every case, and each stage alone."""
+    """Run each stage in one process, and then every case."""
     base, work = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     for stage, count, sharded in [*sorted({(stage, 1, False) for stage, _, _ in CASES}), *CASES]:
-        out = work / name(stage, count, sharded)
-        few = FEWER[stage.split("-")[0]].split()
-        statuses = together(
-            stage, base, out, count, *few, "--shard", str(sharded), "--recompute", str(count == 4), *SELDOM
-        )
+        out = work / case_name(stage, count, sharded)
+        short = SHORTEST[stage.split("-")[0]].split()
+        flags = ("--shard", str(sharded), "--recompute", str(count == 4), *LAST_SAVE_ONLY)
+        statuses = run_group(stage, base, out, count, *short, *flags)
         if any(statuses):
             sys.exit(f"{out.name} ended with {statuses}: {out.with_suffix('.log').read_text()[-3000:]}")
 

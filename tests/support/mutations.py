@@ -1,4 +1,4 @@
-"""Good input, broken at random: bytes, JSON values, lines of JSON."""
+"""Break good input at random: bytes, JSON values, and lines of JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import random
 from typing import Any
 
-# Values and bytes that have broken readers before.
+# Values and bytes that are known to break careless readers.
 WORDS: list[Any] = [None, True, False, [], {}, [[]], {"a": {}}, [None]]
 WORDS += [0, -1, 1, 2**31, 2**63, 2**64, 10**40, 1e308, -0.0, 0.5, float("nan"), float("inf")]
 WORDS += ["", " ", "\x00", "\ud800", "\n\nAssistant:", "\n\nHuman:", "../../etc/passwd", "/dev/zero", "a" * 70_000]
@@ -27,30 +27,30 @@ BYTES = [
 
 
 def broken_bytes(data: bytes, draw: random.Random) -> bytes:
-    """Cut, overwrite, leave out, repeat, insert, flip: one to four times."""
+    """Change the bytes in one to four places: cut off the end, overwrite, delete, repeat, insert, or flip a bit."""
     for _ in range(draw.randint(1, 4)):
         at = draw.randrange(len(data) + 1)
         end = min(len(data), at + draw.choice((1, 2, 8, 100, 5000)))
-        before, piece, behind = data[:at], data[at:end], data[end:]
-        how = draw.choice(("cut", "overwrite", "leave out", "repeat", "insert", "flip"))
+        before, chunk, after = data[:at], data[at:end], data[end:]
+        how = draw.choice(("cut", "overwrite", "delete", "repeat", "insert", "flip"))
         if how == "cut":
-            piece = behind = b""
+            chunk = after = b""
         elif how == "overwrite":
-            piece = draw.randbytes(len(piece))
-        elif how == "leave out":
-            piece = b""
+            chunk = draw.randbytes(len(chunk))
+        elif how == "delete":
+            chunk = b""
         elif how == "repeat":
-            piece *= draw.randint(2, 4)
+            chunk *= draw.randint(2, 4)
         elif how == "insert":
-            piece = draw.choice(BYTES) + piece
-        elif piece:
-            piece = bytes([piece[0] ^ (1 << draw.randrange(8))]) + piece[1:]
-        data = before + piece + behind
+            chunk = draw.choice(BYTES) + chunk
+        elif chunk:
+            chunk = bytes([chunk[0] ^ (1 << draw.randrange(8))]) + chunk[1:]
+        data = before + chunk + after
     return data
 
 
 def broken_value(value: Any, draw: random.Random) -> Any:
-    """Somewhere in it another value, a missing one, or one too many."""
+    """Replace or delete one value at a random depth of a JSON value."""
     if isinstance(value, dict) and value and draw.random() < 0.85:
         key = draw.choice(list(value))
         if draw.random() < 0.15:
@@ -65,14 +65,14 @@ def broken_value(value: Any, draw: random.Random) -> Any:
 
 
 def broken_json(text: str, draw: random.Random) -> bytes:
-    """As JSON with another value, or as bytes."""
+    """Break JSON text: replace or delete one of its values, or break its bytes."""
     if draw.random() < 0.3:
         return broken_bytes(text.encode(), draw)
     return json.dumps(broken_value(json.loads(text), draw)).encode()
 
 
 def broken_lines(text: str, draw: random.Random) -> bytes:
-    """One of the lines."""
+    """Break one of several lines of JSON."""
     lines = [line.encode() for line in text.splitlines()]
     at = draw.randrange(len(lines))
     lines[at] = broken_json(lines[at].decode(), draw)

@@ -1,8 +1,10 @@
-"""A second device, made of this one: to see that no stage mixes what is on a GPU with what is on the CPU.
+"""A pretended second device, which shows that no stage mixes tensors on a GPU with tensors on the CPU:
 
-A tensor on the device "pretend" wraps one on the CPU, which computes for it. As on a GPU, an operation on tensors of
-both devices is an error, except with numbers, which have no dimension. python -m tests.support.pretend RUN WORK runs
-the stages on both devices, into WORK/<stage>-<device>.
+    python -m tests.support.pretend RUN WORK
+
+A tensor on the device "pretend" wraps a tensor on the CPU, and the CPU does the computing. As on a GPU, an operation on
+tensors of both devices raises an error, unless the one on the CPU has no dimensions. Runs every stage on both devices,
+with the data and models of the finished run RUN, and writes WORK/<stage>-<device>.
 """
 
 from __future__ import annotations
@@ -23,64 +25,70 @@ from mpo.config import EvalConfig, SplitConfig
 from tests.support import crashes
 
 NAME = "pretend"
-MOVES = ("aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense")  # from one device to another
+MOVES = (
+    "aten::_to_copy",
+    "aten::copy_",
+    "aten::_local_scalar_dense",
+)  # operations that copy from one device to another
 
 
 class Pretend(torch.Tensor):
-    """A tensor of the device, whose numbers are in `raw`."""
+    """A tensor on the pretended device. Its numbers are in `raw`, a tensor on the CPU."""
 
     raw: torch.Tensor
 
     @staticmethod
     def __new__(cls, raw: torch.Tensor) -> Pretend:
-        """Wrap a tensor of the CPU."""
+        """Wrap a tensor on the CPU."""
         about = {"strides": raw.stride(), "storage_offset": raw.storage_offset(), "dtype": raw.dtype}
         wrapper = torch.Tensor._make_wrapper_subclass(cls, raw.size(), device=torch.device(NAME, 0), **about)
         wrapper.raw = raw
         return wrapper
 
     def tolist(self) -> Any:
-        """The numbers, which torch does not give of a wrapper."""
+        """The numbers as a list, which torch cannot make from a wrapper."""
         return self.raw.tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Compute with what is wrapped."""
+        """Compute with the wrapped tensors."""
         return compute(func, *args, **(kwargs or {}))
 
 
 def compute(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """An operation of torch, on the CPU behind the device. Errors: RuntimeError for tensors of two devices."""
+    """Do an operation of torch on the wrapped tensors. Raises RuntimeError for tensors of two devices."""
     name = func.name().split(".")[0]
     flat, spec = pytree.tree_flatten((args, kwargs))
-    ours = [x for x in flat if isinstance(x, Pretend)]
+    pretended = [x for x in flat if isinstance(x, Pretend)]
     others = [x for x in flat if isinstance(x, torch.Tensor) and not isinstance(x, Pretend) and x.dim()]
-    if ours and others and name not in MOVES:
+    if pretended and others and name not in MOVES:
         raise RuntimeError(f"{name}: tensors on two devices, {[tuple(x.shape) for x in others]} on the CPU")
     target = kwargs.get("device")
-    on = bool(ours) if target is None else torch.device(target).type == NAME
+    wrap = bool(pretended) if target is None else torch.device(target).type == NAME
     cpu = [x.raw if isinstance(x, Pretend) else torch.device("cpu") if isinstance(x, torch.device) else x for x in flat]
     raw_args, raw_kwargs = pytree.tree_unflatten(cpu, spec)
     out = func(*raw_args, **raw_kwargs)
     if name.endswith("_") and isinstance(args[0], torch.Tensor):  # in place
         return args[0]
-    return pytree.tree_map(lambda x: Pretend(x) if isinstance(x, torch.Tensor) else x, out) if on else out
+    return pytree.tree_map(lambda x: Pretend(x) if isinstance(x, torch.Tensor) else x, out) if wrap else out
 
 
-LIBRARIES: list[library.Library] = []  # what they teach torch is forgotten with them
+LIBRARIES: list[library.Library] = []  # kept alive here, since torch forgets what they register once they are freed
 
 
 def install() -> None:
-    """Make torch know the device."""
+    """Register the device with torch."""
     _setup_privateuseone_for_python_backend(NAME)
     everything, aten = library.Library("_", "IMPL"), library.Library("aten", "IMPL")
     everything.fallback(compute, "PrivateUse1")
     for op in (torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step):
-        aten.impl(op, partial(compute, op), "PrivateUse1")  # torch's own enlarges an empty one; a wrapper cannot
+        aten.impl(
+            op, partial(compute, op), "PrivateUse1"
+        )  # torch's own resizes an empty tensor; a wrapper cannot be resized
     LIBRARIES.extend((everything, aten))
 
 
-# What trains, by its name in crashes.STAGES, and what does not.
+# Stages that train, all of them keys of crashes.STAGES, and stages that do not.
 TRAINING = ("sft", "rm", "dpo-lora", "ppo", "ppo-shared", "ppo-lora")
 OTHERS = {
     "split": (split_data, SplitConfig, "--data {run}/data --rm {run}/rm"),
@@ -93,7 +101,7 @@ OTHERS = {
 
 
 def main() -> None:
-    """Every stage on both devices."""
+    """Run every stage on both devices."""
     base, work = Path(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     install()
@@ -101,8 +109,8 @@ def main() -> None:
     for stage in (*TRAINING, *OTHERS):
         for device in ("cpu", NAME):
             out = work / f"{stage}-{device}"
-            few = crashes.FEWER.get(stage.split("-")[0], "").split()
-            if status := crashes.wait(crashes.start(stage, base, out, *few, "--device", device)):
+            short = crashes.SHORTEST.get(stage.split("-")[0], "").split()
+            if status := crashes.wait(crashes.start(stage, base, out, *short, "--device", device)):
                 sys.exit(f"{out.name} ended with {status}: {out.with_suffix('.log').read_text()[-3000:]}")
 
 

@@ -1,4 +1,4 @@
-"""The plan's counts against real models, and its sums against measured peaks."""
+"""The memory plan: what it counts against real models, and its totals against measured peaks."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from tests.support.scripts import run_script
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_counts_of_parameters(tied):
+def test_the_plan_counts_the_parameters_of_models_and_adapters(tied):
     c = small_config(tie_word_embeddings=tied)
     assert parameters(c) == sum(p.numel() for p in Llama(c).parameters())
     assert parameters(c, scalar=True) == sum(p.numel() for p in ScalarModel(c).parameters())
     model = Llama(c)
     for targets in (TARGETS, ("q_proj", "down_proj")):
         attach(model := Llama(c), Adapters(3, 1.0, targets, 1, ""))
-        found = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-        assert adapter_parameters(c, 3, ",".join(targets)) == found
+        actual = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+        assert adapter_parameters(c, 3, ",".join(targets)) == actual
 
 
-def test_what_a_layer_keeps_of_a_token():
-    """Counted by what autograd is handed to keep, each storage once, beyond weights and angles."""
+def test_the_plan_counts_the_numbers_that_a_compiled_layer_keeps_for_a_token():
+    """Counts the storages that autograd saves, each of them once, and leaves out those of the weights."""
     counts = {}
     for layers in (2, 3):
         model, n = small_model(num_hidden_layers=layers), 50
@@ -56,15 +56,15 @@ def test_what_a_layer_keeps_of_a_token():
         counts[layers] = sum(kept.values()) / n
         assert hidden.requires_grad
     per_layer = counts[3] - counts[2]
-    assert per_layer == pytest.approx(layer_activations(model.config), rel=0.1)  # a few statistics beside
+    assert per_layer == pytest.approx(layer_activations(model.config), rel=0.1)  # the layer also keeps a few statistics
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_layer_keeps_without_compiled_kernels(dtype, monkeypatch):
+def test_the_plan_counts_the_bytes_that_a_layer_in_plain_torch_keeps(dtype, monkeypatch):
     monkeypatch.setattr(kernels, "default", "reference")
     kept = {}
     for layers in (2, 3):
-        model, pieces = small_model(num_hidden_layers=layers), Packing([30, 20, 20], [-1, 0, 0])
+        model, packing = small_model(num_hidden_layers=layers), Packing([30, 20, 20], [-1, 0, 0])
         cast_weights(model, dtype)
         known, sizes = {p.data_ptr() for p in model.parameters()}, {}
 
@@ -74,21 +74,21 @@ def test_what_a_layer_keeps_without_compiled_kernels(dtype, monkeypatch):
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            hidden = model(torch.randint(0, 61, (70,)), pieces)
+            hidden = model(torch.randint(0, 61, (70,)), packing)
         kept[layers] = sum(sizes.values())
         assert hidden.dtype == dtype
     use = Load(0, 0, 70, 40, segments=3, parent=30, longest=30)
     assert kept[3] - kept[2] == pytest.approx(plain_layer(model.config, use, dtype.itemsize), rel=0.1)
 
 
-def test_what_adafactor_keeps():
+def test_the_plan_counts_the_numbers_that_adafactor_keeps():
     for tied in (True, False):
         model = Llama(small_config(tie_word_embeddings=tied))
         optimiser = make_optimiser(model, 0.1, 0.0, kind="adafactor")
         model.logits(torch.arange(9)[None]).sum().backward()
         optimiser.step()
-        held = sum(v.numel() for state in optimiser.state.values() for name, v in state.items() if name != "step")
-        assert adafactor_state(model.config) == held
+        kept = sum(v.numel() for state in optimiser.state.values() for name, v in state.items() if name != "step")
+        assert adafactor_state(model.config) == kept
 
 
 FRUGAL = ("--precision", "bf16", "--optimiser", "adafactor")
@@ -98,38 +98,38 @@ FRUGAL = ("--precision", "bf16", "--optimiser", "adafactor")
     ("size", "stage", "more"),
     [("mini", "ppo", ()), ("small", "dpo", ()), ("small", "sft", ()), ("mini", "sft", FRUGAL)],
 )
-def test_the_plan_is_within_15_percent_of_the_peak(tmp_path, size, stage, more):
+def test_the_plan_is_within_15_percent_of_the_measured_peak(tmp_path, size, stage, more):
     write_inputs(tmp_path, size)
-    planned, found = measure(tmp_path, stage, SIZES[size], *more)
-    assert planned == pytest.approx(found, rel=0.15)
+    planned, peak = measure(tmp_path, stage, SIZES[size], *more)
+    assert planned == pytest.approx(peak, rel=0.15)
 
 
 def total(config, c, processes=1):
     return sum(line.bytes for line in lines(config, c, processes))
 
 
-def test_what_saves_memory_saves_it_in_the_plan():
+def test_flags_that_save_memory_lower_the_total_of_the_plan():
     c = small_config(num_hidden_layers=20, vocab_size=5000)
     flags = {"out": "", "data": "", "model": ""}
     whole = total(DPOConfig(**flags), c)
     assert total(DPOConfig(**flags, recompute=True), c) < whole
     assert total(DPOConfig(**flags, microbatch=8), c) < whole
     wide = small_config(num_hidden_layers=20, hidden_size=96, intermediate_size=256, head_dim=24)
-    held = [
+    totals = [
         total(DPOConfig(**flags, precision=precision, optimiser=optimiser), wide)
         for precision in ("fp32", "bf16")
         for optimiser in ("adamw", "adafactor")
     ]
-    assert held == sorted(held, reverse=True)
+    assert totals == sorted(totals, reverse=True)
     assert total(DPOConfig(**flags, lora_rank=2), c) < whole
-    assert total(DPOConfig(**flags), c, 2) < whole  # a smaller share of the batch
+    assert total(DPOConfig(**flags), c, 2) < whole  # each process has a smaller share of the batch
     assert total(DPOConfig(**flags, shard=True), c, 4) < total(DPOConfig(**flags), c, 4)
     models = {"out": "", "prompts": "", "model": "", "ref": "", "rm": ""}
     assert total(PPOConfig(**models, shared_critic=True), c) < total(PPOConfig(**models), c)
     assert total(SFTConfig(out="", data="", tokenizer=""), c) < whole
 
 
-def test_a_plan_is_printed_and_nothing_is_made(hh_run, tmp_path):
+def test_the_flag_plan_prints_the_plan_and_writes_nothing(hh_run, tmp_path):
     flags = ("--data", hh_run / "split" / "pairs.jsonl", "--model", hh_run / "sft", "--out", tmp_path / "out")
     done = run_script("train_dpo.py", *flags, "--plan", "true")
     assert "activations" in done.stdout
