@@ -117,8 +117,8 @@ CRITIC_FREE = {"rloo": rloo, "grpo": grpo, "dr_grpo": dr_grpo, "reinforce++": re
 def policy_losses(logp: Tensor, old_logp: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate: -min(w A, clamp(w, 1 - clip, 1 + clip) A) with w = pi / pi_old. Source: 1707.06347, eq. 7.
 
-    Returns losses (B, R) and metrics of each token: the ratio w, whether it is outside the range (with a gradient even so
-    where clipping would help it: A > 0 below, A < 0 above), and an approximate KL to the old policy.
+    Returns losses (B, R) and metrics of each token: the ratio w, whether it is outside the range, and an approximate KL
+    to the old policy. A token outside the range has no gradient only if A pushes it further out.
     """
     log_ratio = logp - old_logp
     ratio = log_ratio.exp()
