@@ -163,7 +163,7 @@ def kv_cache(
 
 
 def decoder(
-    layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: reference.KVCache, impl: str | None = None
+    layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: reference.KVCache
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A function that takes one more token of each text through all layers of a Llama. No gradients.
 
@@ -173,16 +173,13 @@ def decoder(
         layers: the weights of each layer.
         norm: the weight of the last RMSNorm (D,).
         eps: of every RMSNorm.
-        cache: made by `kv_cache` with the same `impl`, and already filled with the beginnings of B texts.
+        cache: made by `kv_cache`, and already filled with the beginnings of B texts. It decides the implementation.
 
     Returns:
         A function of the tokens' embeddings (B, D), and of cos and sin of their angles (B, d/2), that stores their
         keys and values in the cache and returns their hidden states after the last norm (B, D).
     """
-    step: Callable[[Tensor, Tensor, Tensor], Tensor] = _implementation(impl, "decoder", norm, norm).decoder(
-        layers, norm, eps, cache, _bf16
-    )
-    return step
+    return cache.decoder(layers, norm, eps, _bf16)
 
 
 def token_logprobs(

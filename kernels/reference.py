@@ -57,6 +57,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bf16: bool) -> 
     return out.transpose(1, 2)[at.token_mask]  # (N, H, d)
 
 
+class LayerWeights(NamedTuple):
+    """The weights of one layer. cpp/decode.cpp reads them in this order; cpu/generation.py checks their number."""
+
+    attention_norm: Tensor  # (D,)
+    q: Tensor  # (H d, D)
+    k: Tensor  # (H_kv d, D)
+    v: Tensor  # (H_kv d, D)
+    o: Tensor  # (D, H d)
+    mlp_norm: Tensor  # (D,)
+    gate: Tensor  # (F, D)
+    up: Tensor  # (F, D)
+    down: Tensor  # (D, F)
+
+
 class KVCache:
     """Keys and values of B texts, each of which grows by one token a step. For generation; no gradients.
 
@@ -110,38 +124,23 @@ class KVCache:
         """Continue with these rows only, in this order. A row may occur more than once."""
         self.store, self.lengths = self.store[:, :, rows], self.lengths[rows]
 
+    def decoder(
+        self, layers: Sequence[LayerWeights], norm: Tensor, eps: float, bf16: bool
+    ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """A function of embeddings (B, D), cos and sin (B, d/2) -> hidden states (B, D), for one token of each text."""
 
-class LayerWeights(NamedTuple):
-    """The weights of one layer, in the order in which cpp/decode.cpp reads them."""
+        def step(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            for i, w in enumerate(layers):
+                h = rms_norm(x, w.attention_norm, eps)
+                q, k, v = (linear(h, p, bf16).view(len(x), -1, 2 * cos.shape[1]) for p in (w.q, w.k, w.v))  # (B, H, d)
+                attended = self.attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v)
+                x = x + linear(attended.flatten(1), w.o, bf16)
+                h = rms_norm(x, w.mlp_norm, eps)
+                x = x + linear(swiglu(linear(h, w.gate, bf16), linear(h, w.up, bf16)), w.down, bf16)
+            self.advance()
+            return rms_norm(x, norm, eps)
 
-    attention_norm: Tensor  # (D,)
-    q: Tensor  # (H d, D)
-    k: Tensor  # (H_kv d, D)
-    v: Tensor  # (H_kv d, D)
-    o: Tensor  # (D, H d)
-    mlp_norm: Tensor  # (D,)
-    gate: Tensor  # (F, D)
-    up: Tensor  # (F, D)
-    down: Tensor  # (D, F)
-
-
-def decoder(
-    layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: KVCache, bf16: bool
-) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A function of embeddings (B, D), cos and sin (B, d/2) -> hidden states (B, D): one more token of each text."""
-
-    def step(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        for i, w in enumerate(layers):
-            h = rms_norm(x, w.attention_norm, eps)
-            q, k, v = (linear(h, p, bf16).view(len(x), -1, 2 * cos.shape[1]) for p in (w.q, w.k, w.v))  # (B, H, d)
-            attended = cache.attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v)
-            x = x + linear(attended.flatten(1), w.o, bf16)
-            h = rms_norm(x, w.mlp_norm, eps)
-            x = x + linear(swiglu(linear(h, w.gate, bf16), linear(h, w.up, bf16)), w.down, bf16)
-        cache.advance()
-        return rms_norm(x, norm, eps)
-
-    return step
+        return step
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import autograd
 from . import head, layers
-from .generation import Decoder as decoder
 from .generation import KVCache as KVCache
 from .head import sample_tokens as sample_tokens
 
@@ -34,5 +33,5 @@ attention = partial(autograd.attention, layers)
 token_logprobs = partial(autograd.token_logprobs, head)
 policy_reference = partial(autograd.policy_reference, head)
 
-__all__ = ["KVCache", "attention", "decoder", "linear", "policy_reference", "rms_norm", "rotate", "sample_tokens"]
+__all__ = ["KVCache", "attention", "linear", "policy_reference", "rms_norm", "rotate", "sample_tokens"]
 __all__ += ["swiglu", "takes", "token_logprobs"]

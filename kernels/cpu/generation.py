@@ -11,6 +11,7 @@ from ..packing import Packing
 from ..reference import LayerWeights
 from .library import call, packed
 
+POINTERS = 11  # of a layer, as decode.cpp reads them: LayerWeights, keys, values
 BLOCK = 16  # the cache has room for a multiple of so many tokens a row; the length of a vector must divide it
 
 
@@ -52,9 +53,13 @@ class KVCache:
             self.keys, self.values = self.keys[:, self.slots], self.values[:, self.slots]
             self.slots = torch.arange(len(self.slots))
 
+    def decoder(self, layers: Sequence[LayerWeights], norm: Tensor, eps: float, bf16: bool) -> Decoder:
+        """See reference.py."""
+        return Decoder(layers, norm, eps, self, bf16)
+
 
 class Decoder:
-    """See reference.decoder. The weights are packed once, when the object is made."""
+    """See reference.KVCache.decoder. The weights are packed once, when the object is made."""
 
     def __init__(self, layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: KVCache, bf16: bool):
         self.norm, self.eps, self.cache, self.bf16 = norm.contiguous(), eps, cache, bf16
@@ -71,6 +76,7 @@ class Decoder:
         pointers = torch.tensor([[t.data_ptr() for t in (*weights, keys, values)] for weights, keys, values in layers])
         sizes = len(x), *self.sizes, self.eps, cache.length, int(cache.keys.dtype == torch.bfloat16), int(self.bf16)
         state = cos, sin, cache.slots, cache.lengths
+        assert pointers.shape[1] == POINTERS
         call("decode", x, pointers, len(pointers), self.norm, *state, *sizes, torch.get_num_threads(), out)
         cache.advance()
         return out

@@ -36,24 +36,31 @@ def config_from_json(path: Path) -> LlamaConfig:
     heads = raw["num_attention_heads"]
     rope, theta = _rope(path, raw)
     fields = {name: raw[name] for name in _SIZES}
-    optional = ("max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id")
+    optional = ("max_position_embeddings", "rms_norm_eps", "eos_token_id")
     fields |= {name: raw[name] for name in optional if raw.get(name) is not None}
     if isinstance(fields.get("eos_token_id"), list):  # Llama 3 lists several
         fields["eos_token_id"] = (*fields["eos_token_id"], None)[0]
-    pad = raw.get("pad_token_id")
+    bos, pad = raw.get("bos_token_id", LlamaConfig.bos_token_id), raw.get("pad_token_id")
     pad = None if pad in (-1, fields.get("eos_token_id", 2)) else pad  # a mask made from EOS pads would hide every EOS
     shape = {"num_key_value_heads": raw.get("num_key_value_heads") or heads}
     shape["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // heads
     for name, value in (fields | shape | {"rope_theta": theta} | rope).items():
         whole = not name.startswith(("rms_", "rope_", "low_", "high_", "factor"))
         _number(path, name, value, whole)
-    if pad is not None:
-        _number(path, "pad_token_id", pad, True)
+    for name, value in (("bos_token_id", bos), ("pad_token_id", pad)):
+        if value is not None:
+            _number(path, name, value, True)
     if heads % shape["num_key_value_heads"] or shape["head_dim"] % 2:
         raise InputError(f"{path}: {heads} heads of {shape} do not make groups, or rotary pairs")
     tied = bool(raw.get("tie_word_embeddings", False))
     return LlamaConfig(
-        **fields, **shape, pad_token_id=pad, rope_theta=theta, rope_scaling=rope, tie_word_embeddings=tied
+        **fields,
+        **shape,
+        bos_token_id=bos,
+        pad_token_id=pad,
+        rope_theta=theta,
+        rope_scaling=rope,
+        tie_word_embeddings=tied,
     )
 
 

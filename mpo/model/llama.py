@@ -38,7 +38,7 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] = field(default_factory=dict)  # {} or a llama3 scaling
     tie_word_embeddings: bool = True
-    bos_token_id: int = 1
+    bos_token_id: int | None = 1  # None: the family has none, and EOS begins a text
     eos_token_id: int = 2
     pad_token_id: int | None = 3  # may be None: nothing is padded, and masks come from lengths
 

@@ -44,7 +44,7 @@ class AdaptedLinear(Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight
-        self.register_parameter("bias", None)
+        self.bias = base.bias
         self.lora_A = Linear(base.in_features, adapters.rank)
         self.lora_B = Linear(adapters.rank, base.out_features)
         self.scale, self.on = adapters.alpha / adapters.rank, True

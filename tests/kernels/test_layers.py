@@ -110,7 +110,7 @@ def test_the_decoder_matches_its_definition_while_texts_end_and_are_copied(heads
                     cache.fill(layer, *(layer + first[:, tokens]).to(kind), part)
                 cache.begin(part.lengths)
             weights = [LayerWeights(*(x.to(kind) for x in w)) for w in layers]
-            steps[impl] = kernels.decoder(weights, layers[0].mlp_norm.to(kind), 1e-5, cache, impl=impl)
+            steps[impl] = kernels.decoder(weights, layers[0].mlp_norm.to(kind), 1e-5, cache)
     finally:
         kernels.use_bf16(False)
     for rows in ([0, 0, 2, 1], [3, 1, 2], None, [1], [0, 0]):
@@ -126,6 +126,6 @@ def test_the_decoder_matches_its_definition_while_texts_end_and_are_copied(heads
 
 def test_fp32_tensors_use_the_compiled_layers_and_float64_tensors_the_definition():
     x = torch.ones(64, 8)
-    for function in ("linear", "rms_norm", "swiglu", "rotate", "attention", "KVCache", "decoder"):
+    for function in ("linear", "rms_norm", "swiglu", "rotate", "attention", "KVCache"):
         assert kernels._implementation(None, function, x, x).__name__ == "mpo.kernels.cpu"
         assert kernels._implementation(None, function, x.double(), x.double()).__name__ == "mpo.kernels.reference"

@@ -43,9 +43,18 @@ def test_a_saved_scalar_model_loads_unchanged_but_not_as_a_language_model(tmp_pa
         load_model(tmp_path)
 
 
+def test_a_model_without_bos_is_saved_without_bos(tmp_path):
+    """With an id in its place, the tokenizer of the next stage would begin texts with another token."""
+    save_model(tmp_path / "first", small_model())
+    edit_json(tmp_path / "first" / "config.json", bos_token_id=None)
+    save_model(tmp_path / "second", load_model(tmp_path / "first"))
+    assert json.loads((tmp_path / "second" / "config.json").read_text())["bos_token_id"] is None
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"bos_token_id": -1}, "bos_token_id must be a whole number from 0 on"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"attention_bias": True}, "attention_bias is not supported"),
         ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported"),
