@@ -165,7 +165,7 @@ def judged(world: World, study: Study, claim: int) -> dict[str, Contrast | None]
     if claim == 5:
         worst = f"{max(study.noise)}"
         return {
-            f"loss of {m} - loss of mpo": noise_contrast(world, m, worst)
+            f"drop of {m} - drop of mpo": noise_contrast(world, m, worst)
             for m in ("dpo-all-long", "ppo-long")
             if m in study.noise_methods
         }

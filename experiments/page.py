@@ -85,7 +85,7 @@ more prompts?""",
     4: """\
 Does the order matter? `mpo` uses easy pairs and then hard ones, `reversed` the opposite, `mixed` a random split.""",
     5: """\
-How much more gold than MPO do DPO and PPO of the same total budget lose to label noise? The *loss* is the gold without
+How much further than MPO do DPO and PPO of the same total budget drop under label noise? The *drop* is the gold without
 noise less the gold with {noise:.0f} % of the labels flipped.""",
     6: "How much further than MPO does PPO fall when both are pushed?",
 }
