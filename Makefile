@@ -7,18 +7,18 @@
 #   RUN       the run folder; runs/hh or runs/tldr if not set
 #   DATA      builtin, a folder in the task's official layout, or a row file (.jsonl, .jsonl.gz)
 #   MODEL     a preset (tiny, mini, small, base, 1b, 7b) or a folder in the Hugging Face layout
-#   SEED      of every random choice
+#   SEED      the seed of every random choice
 #   LOSS      the preference loss of DPO: sigmoid, ipo, sigmoid+0.1*sft, ... (docs/losses.md)
 #   POLICIES  what to train and compare, as in "sft dpo ppo mpo"; the first one is the baseline
 #   RMS       the reward models that split the pairs: "rm rm-2 rm-3" trains two more with other seeds
 #   FROM      a finished run, whose stages this run shares until a flag differs
-#   LORA      rank of low-rank adapters, which alone are trained (in SFT only if MODEL is a folder)
+#   LORA      train only low-rank adapters of this rank (in SFT only if MODEL is a folder)
 #   BF16      1: matrix products in bf16; weights and sums stay in fp32
 #   KERNELS   reference: plain torch everywhere, in place of the fastest implementation
 #   NPROC     processes of each stage that computes with a model
 #   SHARD     1: split every weight among these processes (FSDP2)
 #   DEVICE    cpu, cuda, cuda:1 or mps; if not set, a GPU where there is one
-#   QUICK     1: a smoke test, which takes seconds a stage; its numbers mean nothing
+#   QUICK     1: a smoke test of a few seconds for each stage; its numbers mean nothing
 #   SFT_FLAGS="--epochs 4": more flags of a stage; so do DATA_FLAGS, TOKENIZER_FLAGS, RM_FLAGS, SPLIT_FLAGS, DPO_FLAGS,
 #   PPO_FLAGS and EVAL_FLAGS, and for one folder alone its name: dpo-all_FLAGS="--beta 0.1"
 

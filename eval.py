@@ -22,7 +22,7 @@ from mpo.model.scoring import each_batch, score
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json, write_text
-from mpo.runtime.output import interval, progress
+from mpo.runtime.output import counts_text, interval, progress
 from mpo.runtime.seeding import generator
 from mpo.runtime.setup import setup_torch
 from mpo.runtime.stage import Stage, read_manifest
@@ -177,7 +177,7 @@ def main(config: EvalConfig) -> None:
     held_out = read_rows(Path(config.data) / "test.jsonl")
     rows = [held_out[i] for i in evaluation.stratified([r.domain for r in held_out], config.prompts)]
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
-    print(f"eval: prompts {counts}")
+    print(f"eval: prompts: {counts_text(counts)}")
 
     responses = {name: sample(name, load_model(f), base, rm, tokenizer, pairs, config) for name, f in folders.items()}
     responses["chosen"] = dataset_responses(rm, tokenizer, pairs, config.batch)
@@ -193,7 +193,8 @@ def main(config: EvalConfig) -> None:
     write_text(stage.out / "report.md", report.markdown)
     write_text(stage.out / "report.txt", report.terminal)
     for name, row in table.items():
-        print(f"eval: {name}: " + " ".join(f"{k} {interval(row[k])}" for k in ("gold", "reward") if k in row))
+        gold_reward = f"gold reward {interval(row['gold'])}, " if "gold" in row else ""
+        print(f"eval: {name}: {gold_reward}RM reward {interval(row['reward'])}")
     stage.finish(prompts=len(pairs), rows=counts, policies=table)
 
 

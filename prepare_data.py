@@ -12,6 +12,7 @@ from mpo.data.rows import Row, read_rows, write_rows
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_text
+from mpo.runtime.output import counts_text
 from mpo.runtime.stage import Stage
 from mpo.world.build import build, flip_labels, probe_sheet
 
@@ -67,7 +68,9 @@ def main(config: DataConfig) -> None:
     counts = {name: len(rows) for name, rows in splits.items()}
     domains = {name: dict(Counter(row.domain for row in rows)) for name, rows in splits.items()}
     source = f"the built-in world '{config.task}'" if builtin else config.data
-    print(f"data: {counts['train']} training and {counts['test']} test pairs from {source}; dropped: {dict(+dropped)}")
+    left_out = counts_text({f"dropped: {reason}": n for reason, n in dropped.items()})
+    pairs = f"{counts['train']} training and {counts['test']} test pairs from {source}"
+    print(f"data: {pairs}; {left_out}" if left_out else f"data: {pairs}")
     stage.finish(source=config.data, task=config.task, counts=counts, domains=domains, dropped=dict(+dropped))
 
 

@@ -21,9 +21,11 @@ from mpo.preference.split import Split, assign, control, gap_over_uncertainty, p
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_text
+from mpo.runtime.output import counts_text
 from mpo.runtime.setup import setup_torch
 from mpo.runtime.stage import Stage, hash_tree
 from mpo.tools import memory
+from mpo.tools.report import split_text
 
 CONTROLS = ("random", "inverted")  # splits into parts of the same sizes, for comparison (preference/split.py)
 
@@ -71,6 +73,7 @@ def main(config: SplitConfig) -> None:
     tokenizer, models = load_tokenizer(folders[0]), ensemble(folders)
     rows = read_rows(Path(config.data) / "train.jsonl")
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
+    print(f"split: rows: {counts_text(counts)}")
     scores = [score_all(rm, pairs, config.batch) for rm in models]
     chosen, rejected = (torch.stack(s) for s in zip(*scores, strict=True))  # (K, N) each
     gaps = (chosen - rejected).mean(0)
@@ -91,7 +94,7 @@ def main(config: SplitConfig) -> None:
         write_rows(stage.out / f"{name}.jsonl", (pairs[i].row for i in index))
     write_text(stage.out / "scores.jsonl", "".join(score_lines(pairs, chosen, rejected, split)))
     share = float(((gaps >= 0) & (gaps <= 1)).float().mean())
-    print(f"split: gamma {split.gamma:.3f}: {sizes}; {100 * share:.0f} % of pairs have a gap in [0, 1]; rows {counts}")
+    print(f"split: {split_text(split.gamma, sizes, share)}")
     stage.finish(
         gamma=split.gamma,
         sizes=sizes,

@@ -18,6 +18,7 @@ from mpo.runtime import distributed
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.flags import exact_div
+from mpo.runtime.output import counts_text
 from mpo.runtime.setup import setup_torch
 from mpo.runtime.stage import Stage
 from mpo.tools import memory
@@ -27,7 +28,7 @@ from mpo.training.loop import train
 def check(config: DPOConfig) -> None:
     """Refuse flags that contradict each other."""
     objective = parse_objective(config.loss, config.beta)
-    exact_div(config.batch, config.microbatch, "--batch and --microbatch")
+    exact_div(config.batch, config.microbatch, "--batch", "--microbatch")
     adapters_of(config, config.model)
     if objective.whole_batch and config.microbatch != config.batch:
         raise InputError(f"--loss {config.loss}: compares the pairs of a batch; set --microbatch to --batch")
@@ -50,7 +51,7 @@ def main(config: DPOConfig) -> None:
     if any(p.row.noise is not None for p in pairs) and not objective.uses_noise:
         raise InputError(f"{config.data}: its rows carry label noise, which --loss {config.loss} ignores; take cdpo")
     counts |= left_out(pairs, config.batch)
-    print(f"{stage.name}: rows {counts}")
+    print(f"{stage.name}: rows: {counts_text(counts)}")
     cache: RefLogps = {}
     if not objective.reference_free:
         # Without --ref, the untrained model is the reference. A separate one is freed once its log-probs are cached.

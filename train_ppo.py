@@ -24,7 +24,7 @@ from mpo.ppo.update import Experience, update
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.flags import exact_div
-from mpo.runtime.output import note, progress
+from mpo.runtime.output import counts_text, note, progress
 from mpo.runtime.saves import Saves
 from mpo.runtime.seeding import generator
 from mpo.runtime.setup import setup_torch
@@ -36,9 +36,9 @@ from mpo.training.loop import milestones
 
 def check(config: PPOConfig) -> None:
     """Refuse flags that contradict each other."""
-    exact_div(config.batch, config.minibatch, "--batch and --minibatch")
-    exact_div(config.minibatch, config.microbatch, "--minibatch and --microbatch")
-    exact_div(config.batch, config.group, "--batch and --group")
+    exact_div(config.batch, config.minibatch, "--batch", "--minibatch")
+    exact_div(config.minibatch, config.microbatch, "--minibatch", "--microbatch")
+    exact_div(config.batch, config.group, "--batch", "--group")
     adapters_of(config, config.model)
     if config.advantage in ("rloo", "grpo", "dr_grpo") and config.group < 2:
         raise InputError(f"--advantage {config.advantage}: compares responses to one prompt; set --group to 2 or more")
@@ -71,7 +71,7 @@ def main(config: PPOConfig) -> None:
     tokenizer, learner, rm = load_tokenizer(config.model), load_learner(config), load_scalar(config.rm)
     policy, ref, critic = learner.policy, learner.ref, learner.critic.model if learner.critic else None
     pairs, counts = load_prompts(config, tokenizer)
-    print(f"{stage.name}: prompts {counts}")
+    print(f"{stage.name}: prompts: {counts_text(counts)}")
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
     kept = milestones(config.iterations, config.keep)
     saves = Saves(stage, config, learner.parts)
@@ -107,7 +107,7 @@ def main(config: PPOConfig) -> None:
         bar.set_postfix({name: f"{metrics[name]:.2f}" for name in shown}, refresh=False)
 
     last = state["last"]
-    reached = f"score {last['score']:.3f}, exact KL to the reference {last['kl_exact']:.2f} nats a response"
+    reached = f"score {last['score']:.3f}, exact KL to the reference {last['kl_exact']:.2f} nats per response"
     print(f"{stage.name}: {reached}")
     save_model(stage.out, policy)
     tokenizer.save(stage.out)

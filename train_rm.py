@@ -22,7 +22,7 @@ from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json
 from mpo.runtime.flags import exact_div
-from mpo.runtime.output import interval
+from mpo.runtime.output import counts_text, interval
 from mpo.runtime.seeding import generator
 from mpo.runtime.setup import setup_torch
 from mpo.runtime.stage import Stage
@@ -92,7 +92,7 @@ def probe(rm: ScalarModel, tokenizer: Tokenizer, sheet: Path, config: RMConfig) 
 
 def check(config: RMConfig) -> None:
     """Refuse flags that contradict each other."""
-    exact_div(config.batch, config.microbatch, "--batch and --microbatch")
+    exact_div(config.batch, config.microbatch, "--batch", "--microbatch")
     adapters_of(config, config.model)
 
 
@@ -107,7 +107,7 @@ def main(config: RMConfig) -> None:
         rows = read_rows(Path(config.data) / f"{split}.jsonl")
         splits[split], counts[split] = encode(rows, tokenizer, config.max_prompt, config.max_response)
         counts[split] |= left_out(splits[split], config.batch) if split == "train" else {}
-        print(f"rm: {split} rows {counts[split]}")
+        print(f"rm: {split} rows: {counts_text(counts[split])}")
     if config.use_margin and any(p.row.margin is None for p in splits["train"]):
         raise InputError(f"{config.data}/train.jsonl: not every row has a margin, which --use_margin needs")
 

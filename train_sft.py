@@ -22,6 +22,7 @@ from mpo.runtime import device, distributed
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.flags import exact_div
+from mpo.runtime.output import counts_text
 from mpo.runtime.seeding import generator
 from mpo.runtime.setup import setup_torch
 from mpo.runtime.stage import Stage
@@ -67,7 +68,7 @@ def held_out_loss(model: Llama, pairs: list[Pair], batch: int) -> float:
 
 def check(config: SFTConfig) -> None:
     """Refuse flags that contradict each other."""
-    exact_div(config.batch, config.microbatch, "--batch and --microbatch")
+    exact_div(config.batch, config.microbatch, "--batch", "--microbatch")
     adapters_of(config, config.model)
     if config.model in PRESETS and config.lora_rank:
         raise InputError("--lora_rank: adapters need a trained base; name a folder with --model")
@@ -88,7 +89,7 @@ def main(config: SFTConfig) -> None:
         rows = read_rows(Path(config.data) / f"{split}.jsonl")
         splits[split], counts[split] = encode(rows, tokenizer, config.max_prompt, config.max_response)
         counts[split] |= left_out(splits[split], config.batch) if split == "train" else {}
-        print(f"sft: {split} rows {counts[split]}")
+        print(f"sft: {split} rows: {counts_text(counts[split])}")
 
     def losses_of(pairs: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
         batch = make_batch([(p.prompt, p.chosen) for p in pairs])

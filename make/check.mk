@@ -27,7 +27,7 @@ finished     := $(notdir $(patsubst %/manifest.json,%,$(wildcard $(addsuffix /*/
 wrong_policy := $(firstword $(filter-out sft $(folders) $(finished),$(POLICIES)))
 
 # $(call refuse,message,name,known names): stop, and suggest the nearest of the known names
-refuse  = $(error $(1); $(shell $(PYTHON) -c '$(suggest)' '$(2)' $(3))'make help' lists them)
+refuse  = $(error $(1); $(shell $(PYTHON) -c '$(suggest)' '$(2)' $(3))'make help' lists all)
 suggest = import sys; from difflib import SequenceMatcher as Match; name, *known = sys.argv[1:]; \
           ratio = lambda a, b: Match(None, a, b).ratio(); \
           best = max(known, key=lambda k: (ratio(k.lower(), name.lower()), ratio(k, name))); \

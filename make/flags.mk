@@ -5,6 +5,22 @@ ifneq ($(words $(subst =, = ,$(RUN))),1)
 $(error RUN=$(RUN): must be one word without an equals sign)
 endif
 
+# A switch is on with 1 and off without a value.
+switches := QUICK BF16 SHARD REDUCED
+$(foreach name,$(switches),$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)): must be 1, or left out)))
+
+# The two goals hh and tldr set the task.
+ifneq ($(filter-out hh tldr,$(TASK)),)
+$(error TASK=$(TASK): must be hh or tldr)
+endif
+
+# FROM names a run that has at least one finished stage.
+ifneq ($(FROM),)
+ifeq ($(wildcard $(FROM)/*/manifest.json),)
+$(error FROM=$(FROM): no finished stage there)
+endif
+endif
+
 ifdef KERNELS
 export MPO_KERNELS := $(KERNELS)
 endif

@@ -6,7 +6,7 @@ goals += help
 define goals_help
 Mixed Preference Optimization: SFT, reward model, split by reward gap, DPO on easy pairs, PPO on hard prompts.
 
-  make hh, make tldr   run every stage on one of the paper's two tasks: about ten minutes on two cores
+  make hh, make tldr   run every stage on one of the paper's two tasks: 3 to 12 minutes on two cores
   make policy-NAME     train one policy without an evaluation; the names are in the table of the Makefile
   make chat STAGE=mpo  type to a model of the run
   make report          print the report of the run again
@@ -16,7 +16,7 @@ Mixed Preference Optimization: SFT, reward model, split by reward gap, DPO on ea
   make claims          put the paper's claims to the test: hours; REDUCED=1: minutes
   make bench           time this project beside others
   make setup           install everything in .venv; the other goals install what they need
-  make test, make lint; parity, sanitize, triton, fuzz, soak, oldest, lock, clean: see make/develop.mk
+  For those who change the code: make test, lint, parity, sanitize, triton, fuzz, soak, oldest, lock, clean
 
 endef
 

@@ -2,6 +2,12 @@
 
 goals += hh tldr pipeline chat report verify data/hh-rlhf
 
+# `make hh TASK=tldr` asks for both tasks at once.
+asked := $(filter hh tldr,$(MAKECMDGOALS))
+ifneq ($(and $(findstring command line,$(origin TASK)),$(asked),$(filter-out $(asked),$(TASK))),)
+$(error TASK=$(TASK): `make $(asked)` sets the task; run `make $(TASK)`)
+endif
+
 hh tldr:
 	@$(MAKE) --no-print-directory TASK=$@ pipeline
 

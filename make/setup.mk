@@ -17,12 +17,14 @@ setup: .venv/.dev
 locked = $(PY) requirements/pick.py $(1) > .venv/$(1).txt && $(PIP) install --quiet --require-hashes -r .venv/$(1).txt
 
 .venv/.runtime: pyproject.toml $(wildcard requirements/*.*) | .venv/bin/python
+	@echo 'Installing torch and what else is needed into .venv (with the CUDA build of torch about 5 GB).'
 	$(call locked,runtime)
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # The compiled kernels. Without a compiler everything works, more slowly.
 .venv/.ready: .venv/.runtime $(wildcard kernels/cpp/*) kernels/build.py
+	@echo 'Compiling the kernels.'
 	@$(PY) kernels/build.py
 	@touch $@
 

@@ -32,5 +32,5 @@ tldr_files_eval      = --max_prompt 640
 quick_data = --train 400 --test 40
 quick_sft  = --epochs 1
 quick_rm   = --epochs 1
-quick_ppo  = --iterations 2 --batch 16 --minibatch 8 --microbatch 8 --max_new 24
+quick_ppo  = --iterations 2 --batch 16 --minibatch 8 --microbatch 8 --max_new 24 --critic_warmup 1
 quick_eval = --prompts 16 --max_new 24

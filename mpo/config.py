@@ -30,8 +30,8 @@ class Limits(Common):
 
     # Device, precision, memory
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, cuda:1, mps
-    precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"  # bf16-mixed: of matrix products; bf16: of weights, too
-    deterministic: bool = False  # on a GPU, too, the same bytes each time, but more slowly
+    precision: Literal["fp32", "bf16-mixed", "bf16"] = "fp32"  # bf16-mixed: matrix products in bf16; bf16: weights, too
+    deterministic: bool = False  # the same bytes each time on a GPU as well, more slowly
     shard: bool = False  # with several processes, split every weight among them (FSDP2) instead of copying it (DDP)
     plan: bool = False  # print how much memory the stage will take, and stop
 
@@ -161,7 +161,7 @@ class DPOConfig(Training):
     epochs: float = 1.0  # passes over the pairs
     steps: int = 0  # optimiser steps, in place of epochs; 0: as many as the epochs make
     lr: float = 5e-5  # peak learning rate
-    keep: int = 0  # keep so many intermediate models, too, equally spaced, in folders step-N
+    keep: int = 0  # also keep N intermediate models, equally spaced, in folders step-N
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +173,7 @@ class PPOConfig(Training):
     model: str  # folder of the model to train
     ref: str  # folder of the KL reference: the DPO model for MPO, the SFT model for vanilla PPO
     rm: str  # folder of the reward model; its weights also initialise the critic
-    limit: int = 0  # use the first so many prompts only; 0: all
+    limit: int = 0  # use only the first N prompts; 0: all
 
     # Rollout
     iterations: int = 50  # rollouts, each followed by `epochs` passes over it
@@ -199,7 +199,7 @@ class PPOConfig(Training):
     microbatch: int = 16  # rows computed at once; must divide minibatch
     lr: float = 2e-4  # peak learning rate of the policy
     clip: float = 0.2  # the policy ratio is clipped to [1 - clip, 1 + clip]
-    keep: int = 0  # keep so many intermediate models, too, equally spaced, in folders step-N
+    keep: int = 0  # also keep N intermediate models, equally spaced, in folders step-N
 
     # Critic
     critic_lr: float = 5e-4  # peak learning rate of the critic

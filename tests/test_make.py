@@ -12,22 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from mpo import config
 from mpo.runtime.flags import parse
+from mpo.tools.check import CONFIGS
 from tests.support.scripts import ROOT
 
 FILES = [ROOT / "Makefile", *sorted((ROOT / "make").glob("*.mk"))]
 PAGE = (ROOT / "docs" / "pipeline.md").read_text()
-STAGES = {
-    "prepare_data.py": config.DataConfig,
-    "train_tokenizer.py": config.TokenizerConfig,
-    "train_sft.py": config.SFTConfig,
-    "train_rm.py": config.RMConfig,
-    "split_data.py": config.SplitConfig,
-    "train_dpo.py": config.DPOConfig,
-    "train_ppo.py": config.PPOConfig,
-    "eval.py": config.EvalConfig,
-}
 
 needs_venv = pytest.mark.skipif(not (ROOT / ".venv/bin/python").exists(), reason="make runs the stages with .venv")
 
@@ -50,7 +40,7 @@ def commands(*variables: object) -> list[str]:
 def resolved(command: str) -> tuple[str, dict[str, object]]:
     """A command's script, and the value of each of its flags. Make alone passes --overwrite and names the preset."""
     script, *flags = (word for word in shlex.split(command) if not word.endswith("python"))
-    values = vars(parse(STAGES[script], flags)) | {"overwrite": None}
+    values = vars(parse(CONFIGS[script], flags)) | {"overwrite": None}
     return script, values | ({"model": None} if script == "train_tokenizer.py" else {})
 
 
@@ -95,6 +85,11 @@ def test_the_help_names_every_goal_and_every_variable():
         (["hh", "POLICIES=sft mpoo"], "unknown policy mpoo; did you mean mpo?"),
         (["hh", "RMS=rm better"], "RMS=rm better: must be names such as rm, rm-2, rm-3"),
         (["hh", "RUN=two words"], "RUN=two words: must be one word"),
+        (["hh", "QUICK=0"], "QUICK=0: must be 1, or left out"),
+        (["hh", "BF16=yes"], "BF16=yes: must be 1, or left out"),
+        (["hh", "FROM=runs/nowhere"], "FROM=runs/nowhere: no finished stage there"),
+        (["pipeline", "TASK=foo"], "TASK=foo: must be hh or tldr"),
+        (["hh", "TASK=tldr"], "`make hh` sets the task; run `make tldr`"),
     ],
 )
 def test_a_wrong_name_is_refused_in_one_line_with_the_nearest(words, message):
@@ -131,9 +126,9 @@ def test_the_makes_of_an_experiment_see_its_variables_but_no_unknown_ones():
 @pytest.mark.parametrize(
     ("variable", "message"),
     [
-        ("LORA=yes", "train_rm.py: error: argument --lora_rank: invalid int value: 'yes'"),
+        ("LORA=yes", "train_rm.py: error: --lora_rank yes: not a whole number"),
         ("LOSS=sgimoid", "train_dpo.py: error: --loss sgimoid: unknown loss 'sgimoid'; did you mean sigmoid?"),
-        ("mpo_FLAGS=--lr fast", "train_ppo.py: error: argument --lr: invalid float value: 'fast'"),
+        ("mpo_FLAGS=--lr fast", "train_ppo.py: error: --lr fast: not a number"),
         ("EVAL_FLAGS=--promts 9", "eval.py: error: unknown flag --promts; did you mean --prompts?"),
         ("NPROC=two", "make: NPROC=two: must be a number of processes"),
     ],

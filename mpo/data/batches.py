@@ -15,6 +15,7 @@ from mpo.data.tokenizer import Tokenizer
 from mpo.kernels.packing import Packing
 from mpo.runtime import device
 from mpo.runtime.errors import InputError
+from mpo.runtime.output import counts_text
 from mpo.runtime.seeding import generator
 
 
@@ -126,7 +127,7 @@ def encode(
             pairs.append(Pair(row, prompt, chosen, rejected))
     counts["kept"] = len(pairs)
     if not pairs:
-        raise InputError(f"none of {len(rows)} rows fits: {dict(counts)}; raise --max_prompt or --max_response")
+        raise InputError(f"none of {len(rows)} rows fits ({counts_text(counts)}); raise --max_prompt or --max_response")
     return pairs, {k: v for k, v in counts.items() if v}
 
 

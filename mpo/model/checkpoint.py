@@ -130,11 +130,16 @@ def _load(
         if name not in wanted:
             if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
                 continue  # a tied head that was written, too, or a buffer of old checkpoints
+            if name == "score.weight" and kind is Llama:
+                raise InputError(f"{folder}: is a reward model, which does not write text")
             raise InputError(f"{where}: unexpected tensor {name!r} for a {kind.__name__}")
         shape, expected = tensors.shape(name), tuple(wanted[name].shape)
         if shape != expected:
             raise InputError(f"{where}: {name} is {shape}, config.json says {expected}")
-    if missing := wanted.keys() - tensors.where.keys():
+    missing = wanted.keys() - tensors.where.keys()
+    if missing and missing == {name for name in wanted if name.startswith("score")}:
+        raise InputError(f"{folder}: is a language model, not a reward model")
+    if missing:
         raise InputError(f"{folder}: lacks {len(missing)} tensors, first {min(missing)!r}")
     distributed.shard(model)
     for name, empty in model.state_dict().items():

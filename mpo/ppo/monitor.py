@@ -44,7 +44,7 @@ def collapses(now: Mapping[str, float], first: Mapping[str, float]) -> dict[str,
     signs = dict[str, str]()
     if now["kl_exact"] > 10 + first["kl_exact"]:
         signs["kl"] = (
-            f"{now['kl_exact']:.1f} nats a response from the reference: the policy is exploiting the reward model; "
+            f"{now['kl_exact']:.1f} nats per response from the reference: the policy is exploiting the reward model; "
             "raise --kl_coef, lower --lr, or take fewer --iterations"
         )
     if now["eos_rate"] < 0.5 * first["eos_rate"] and first["eos_rate"] > 0.1:  # a rate from few responses says little
@@ -54,12 +54,12 @@ def collapses(now: Mapping[str, float], first: Mapping[str, float]) -> dict[str,
         )
     if now["length"] < first["length"] / 3 or now["length"] > 3 * first["length"]:
         signs["length"] = (
-            f"{now['length']:.0f} tokens a response, {first['length']:.0f} at first: the reward model likes the length "
+            f"{now['length']:.0f} tokens per response, {first['length']:.0f} at first: the reward model likes the length "
             "itself (score_length_correlation); raise --kl_coef or look at the reward model's training pairs"
         )
     if now["entropy"] < 0.1 * first["entropy"]:
         signs["entropy"] = (
-            f"entropy {now['entropy']:.2f} nats a token, {first['entropy']:.2f} at first: the policy says the same "
+            f"entropy {now['entropy']:.2f} nats per token, {first['entropy']:.2f} at first: the policy says the same "
             "thing again and again; lower --lr or --epochs"
         )
     return signs

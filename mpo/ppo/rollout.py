@@ -46,7 +46,7 @@ class Rollout:
 
 def prompt_batches(pairs: Sequence[Pair], config: PPOConfig) -> Iterator[list[Pair]]:
     """Endless batches of rows, each row `group` times. Every row comes once before any comes again."""
-    prompts = exact_div(config.batch, config.group, "--batch and --group")
+    prompts = exact_div(config.batch, config.group, "--batch", "--group")
     epoch, waiting = 0, list[int]()
     while True:
         while len(waiting) < prompts:

@@ -49,7 +49,7 @@ def start(wanted: str = "auto", dtype: torch.dtype = torch.float32, deterministi
         chosen = torch.device(wanted)
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        reason = str(e).splitlines()[0][:120]
+        reason = str(e).splitlines()[0].split(". ")[0][:120]
         raise InputError(f"--device {wanted}: not here ({reason}); take auto, cpu, cuda, cuda:1 or mps") from None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

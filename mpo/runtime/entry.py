@@ -63,6 +63,16 @@ def run_plain(main: Callable[[list[str]], None]) -> None:
         _end("stopped: another process of this job has ended; the same command goes on from the last save", 1)
 
 
+def one_argument(argv: list[str], usage: str) -> str:
+    """The only argument of a command. Prints the usage for --help; raises InputError for anything else."""
+    if argv in (["-h"], ["--help"]):
+        print(f"usage: {usage}")
+        sys.exit(0)
+    if len(argv) != 1 or argv[0].startswith("-"):
+        raise InputError(f"usage: {usage}")
+    return argv[0]
+
+
 def _end(line: str, status: int) -> NoReturn:
     """Print the last line of this program, in only one of several processes, and exit."""
     signals.ignore()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -37,6 +37,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |"
 
     return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, grid[1:])])
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """Counts of rows by what became of them, as text: "133 kept; 5 left out of each epoch: no full batch"."""
+    kept_first = sorted(counts, key=lambda name: name != "kept")
+    return "; ".join(f"{counts[name]} {name}" for name in kept_first if counts[name])
 
 
 def interval(value: Sequence[float], digits: int = 2, scale: float = 1.0) -> str:

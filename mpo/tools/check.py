@@ -16,6 +16,7 @@ from mpo import config
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.flags import parse
+from mpo.runtime.setup import setup_torch
 
 CONFIGS: dict[str, type] = {
     "prepare_data.py": config.DataConfig,
@@ -38,6 +39,7 @@ def main(argv: list[str]) -> None:
             raise InputError(f"{script}: not one of {', '.join(CONFIGS)}")
         sys.argv[0] = script  # so that an error names the stage
         values: Any = parse(CONFIGS[script], flags)
+        setup_torch(values)  # refuses a device or kernels that are not here
         if check := getattr(importlib.import_module(Path(script).stem), "check", None):
             check(values)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mpo.runtime.entry import run_plain
+from mpo.runtime.entry import one_argument, run_plain
 from mpo.runtime.errors import InputError
 
 COMMIT = "354e5c3cb8960630860dd5774a6ac2a58313bf4d"
@@ -112,11 +112,10 @@ def fetch(file: File, folder: Path, base: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Download every file into the folder argv[0]. Raises InputError (`fetch`)."""
-    if len(argv) != 1:
-        raise InputError("usage: python -m mpo.tools.download FOLDER")
+    folder = Path(one_argument(argv, "python -m mpo.tools.download FOLDER"))
     for file in FILES:
-        fetch(file, Path(argv[0]), os.environ.get(MIRROR) or file.base)
-    print(f"{argv[0]}: has the {len(FILES)} official files; sizes and hashes are right")
+        fetch(file, folder, os.environ.get(MIRROR) or file.base)
+    print(f"{folder}: has the {len(FILES)} official files; sizes and hashes are right")
 
 
 if __name__ == "__main__":

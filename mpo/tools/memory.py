@@ -241,7 +241,7 @@ def lines(
         return [*plan, Line("KV cache", cache), Line("sampling", sampling - cache)]
     if isinstance(config, Training):
         plan += [Line("gradients", gradients), Line("activations", activations)]
-    return [*plan, Line("head, passing layers", working)]
+    return [*plan, Line("head, and what a layer needs for a moment", working)]
 
 
 def optimiser_bytes(config: Training, c: LlamaConfig, use: Load) -> float:
@@ -282,18 +282,25 @@ def available() -> float:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
+def longest_rows(config: Training | SplitConfig | EvalConfig) -> str:
+    """The rows of the worst case, in words: the longest prompt plus the longest response or, of a pair, two of them."""
+    of_pair = "2 x " if isinstance(config, (RMConfig, DPOConfig, SplitConfig)) else ""
+    return f"rows of {config.max_prompt} + {of_pair}{getattr(config, 'max_new', config.max_response)} tokens"
+
+
 def show(config: Training | SplitConfig | EvalConfig) -> None:
     """Print the plan of a stage, and a warning if the machine has less memory than that."""
     distributed.start(config.shard)
     processes, here = distributed.world_size(), distributed.local_world_size()
     c = model_of(config)
     plan = lines(config, c, processes, base=program())
-    size = f"a model of {parameters(c) / 1e6:,.1f} M parameters, {processes} processes; each:"
-    print(f"plan of {Path(config.out).name}: {size}")
-    for line in plan:
-        print(f"  {line.what:24} {line.bytes / 2**20:12,.0f} MB")
+    each = "one process" if processes == 1 else f"{processes} processes, each"
+    size = f"a model of {parameters(c) / 1e6:,.1f} M parameters, {each}"
+    print(f"plan of {Path(config.out).name}, at worst ({longest_rows(config)}): {size}:")
     total = sum(line.bytes for line in plan)
-    print(f"  {'total':24} {total / 2**20:12,.0f} MB")
+    width = max(len(line.what) for line in plan)
+    for line in [*plan, Line("total", total)]:
+        print(f"  {line.what:{width}} {line.bytes / 2**20:10,.0f} MB")
     if total * here > available():
         print(
             f"warning: {here} such processes need {total * here / 2**30:,.1f} GB, {available() / 2**30:,.1f} are free; "

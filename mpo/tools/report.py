@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mpo.config import EvalConfig
+from mpo.data.hh import ASSISTANT
 from mpo.evaluation import stratified
-from mpo.runtime.entry import run_plain
+from mpo.runtime.entry import one_argument, run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_text
 from mpo.runtime.output import interval, percent, table
@@ -42,13 +43,14 @@ def result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     with_gold = "gold" in next(iter(results.values()))
     judge = "gold" if with_gold else "reward"
     header = ["policy", *(["gold reward", "of best"] if with_gold else []), "RM reward"]
-    header += [f"win vs SFT % ({judge})", "at equal length", f"win vs chosen % ({judge})"]
+    header += [f"win vs SFT % ({judge})", "at equal length, %", f"win vs chosen % ({judge})"]
     header += ["KL to SFT", "words", "EOS %", "distinct-1/2"]
     rows = []
     for name, r in results.items():
         row = [NAMES.get(name, name)]
         if with_gold:
-            row += [interval(r["gold"]), f"{100 * r['share_of_best']:.0f} %"]
+            share = r["share_of_best"]
+            row += [interval(r["gold"]), f"{100 * share:.0f} %" if share >= 0 else "-"]
         row += [interval(r["reward"]), percent(r[f"{judge}_win_sft"])]
         row += [f"{100 * r[f'{judge}_win_sft_length_controlled']:.0f}", percent(r[f"{judge}_win_chosen"])]
         row += [f"{r['kl'][0]:.1f}" if "kl" in r else "-", f"{r['words']:.0f}", f"{100 * r['eos_rate']:.0f}"]
@@ -123,6 +125,15 @@ def probe_table(probe: Sequence[Mapping[str, Any]]) -> str:
     return table(["mistake", *kinds], rows)
 
 
+def split_text(gamma: float, sizes: Mapping[str, int], share_gap_in_0_1: float) -> str:
+    """One sentence on a split: its threshold, its parts, and what DPO and PPO get."""
+    return (
+        f"gamma {gamma:.2f}: {sizes['easy']} easy, {sizes['hard']} hard, {sizes['contradicted']} contradicted pairs; "
+        f"DPO gets {sizes['pairs']} pairs, PPO {sizes['prompts']} prompts; "
+        f"{100 * share_gap_in_0_1:.0f} % of the pairs have a gap in [0, 1]"
+    )
+
+
 def make_report(
     config: EvalConfig,
     results: Mapping[str, Mapping[str, Any]],
@@ -143,10 +154,7 @@ def make_report(
     if config.split:
         split = read_json(Path(config.split) / "manifest.json")["results"]
         facts.append(
-            f"Split: gamma {split['gamma']:.2f}, "
-            + "{easy} easy, {hard} hard, {contradicted} contradicted pairs; ".format(**split["sizes"])
-            + "DPO gets {pairs} pairs, PPO {prompts} prompts".format(**split["sizes"])
-            + f"; {100 * split['share_gap_in_0_1']:.0f} % of the training pairs have a gap in [0, 1]."
+            f"Split of the training pairs at {split_text(split['gamma'], split['sizes'], split['share_gap_in_0_1'])}."
         )
         sections.append(("Reward gap r(chosen) - r(rejected) of the training pairs", bars(split["histogram"])))
     if (probe := Path(config.rm) / "probe.json").exists():
@@ -158,10 +166,11 @@ def make_report(
     for title, body in sections:
         terminal += ["", title, body]
         markdown += [f"## {title}", f"```\n{body}\n```" if body.startswith(("<", "[")) else body]
-    terminal += ["", "Samples"]
+    terminal += ["", "Samples", ""]
     markdown.append("## Samples")
     for prompt, answers in shown:
-        terminal += [_shorten(prompt, 400), *(f"  {name}: {_shorten(text, 300)}" for name, text in answers), ""]
+        question = prompt.removesuffix(ASSISTANT)  # of a dialogue; the answers follow
+        terminal += [_shorten(question, 400), *(f"  {name}: {_shorten(text, 300)}" for name, text in answers), ""]
         markdown += [f"```\n{prompt}\n```", "\n".join(f"- **{name}**: {text}" for name, text in answers)]
     return Report("\n".join(terminal), "\n\n".join(markdown) + "\n")
 
@@ -178,13 +187,12 @@ def stage_table(run: Path) -> str:
 
 def main(argv: list[str]) -> None:
     """Print the report of the run folder argv[0]. Raises InputError where there is none."""
-    if len(argv) != 1:
-        raise InputError("usage: python -m mpo.tools.report RUN")
-    page = Path(argv[0]) / "eval" / "report.txt"
+    run = Path(one_argument(argv, "python -m mpo.tools.report RUN"))
+    page = run / "eval" / "report.txt"
     if not page.exists():
         raise InputError(f"{page}: no such file; has the run finished?")
     print(page.read_text(encoding="utf-8"))
-    print(f"{stage_table(Path(argv[0]))}\n\nThe full report: {page.with_suffix('.md')}")
+    print(f"What each stage took\n{stage_table(run)}\n\nThe full report: {page.with_suffix('.md')}")
 
 
 if __name__ == "__main__":

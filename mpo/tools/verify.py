@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpo.runtime.entry import run_plain
+from mpo.runtime.entry import one_argument, run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import sha256
 from mpo.runtime.output import table
@@ -121,29 +121,33 @@ def verify(run: Path) -> dict[str, StageCheck]:
 
 
 def report(run: Path, stages: dict[str, StageCheck]) -> str:
-    """A table of the stages, then the chain of each final model, with the hash of each model in it."""
+    """A table of the stages, then what each final model was made from, with the hash of each model."""
     rows = []
     for name, check in stages.items():
         seed = str(check.manifest.get("config", {}).get("seed", ""))
         files = str(len(check.manifest.get("outputs", {})))
         rows.append([name, check.state, files, seed, ", ".join(check.parents), "; ".join(check.faults + check.stale)])
     used = {p for name, check in stages.items() if name != "eval" for p in check.parents}
-    lines = [table(["stage", "state", "files", "seed", "made from", ""], rows), ""]
+    header = ["stage", "state", "files", "seed", "made from", "why"]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    lines = [table(header, rows), ""]
     for name, check in stages.items():
         if name not in used and "model.safetensors" in check.manifest.get("outputs", {}):
             hashes = {
                 n: stages[n].manifest.get("outputs", {}).get("model.safetensors", "") for n in chain(stages, name)
             }
-            lines.append(f"{run / name}: " + " -> ".join(f"{n} {digest[:8]}".strip() for n, digest in hashes.items()))
+            *before, last = (f"{n} {digest[:8]}".strip() for n, digest in hashes.items())
+            made_from = "made from, in order (first 8 digits of each model's SHA-256): "
+            lines.append(f"{run / last}: {made_from}{', '.join(before)}")
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
     """Verify the run folder argv[0], print the result, and exit with 1 unless every stage is good."""
-    if len(argv) != 1:
-        raise InputError("usage: python -m mpo.tools.verify RUN")
-    stages = verify(Path(argv[0]))
-    print(report(Path(argv[0]), stages))
+    run = Path(one_argument(argv, "python -m mpo.tools.verify RUN"))
+    stages = verify(run)
+    print(report(run, stages))
     bad = [name for name, check in stages.items() if check.state != "good"]
     print(f"\n{len(stages)} stages: " + (f"not good: {', '.join(bad)}" if bad else "every file matches its manifest"))
     sys.exit(1 if bad else 0)

@@ -47,7 +47,7 @@ def microbatches(rows: int, microbatch: int, models: Sequence[nn.Module]) -> Ite
     """
     local = distributed.exact_local_rows(rows, "the rows of an optimiser step")
     size = min(microbatch, len(local))
-    for i in range(exact_div(len(local), size, "the rows of an optimiser step and --microbatch")):
+    for i in range(exact_div(len(local), size, "rows of an optimiser step in each process:", "--microbatch")):
         for model in models:
             distributed.synchronise_gradients(model, (i + 1) * size == len(local))
         yield local[i * size : (i + 1) * size]
@@ -97,7 +97,7 @@ def train(
     Raises:
         RunError: a loss or gradient is not finite; no weight has been changed by it.
     """
-    exact_div(config.batch, config.microbatch, "--batch and --microbatch")
+    exact_div(config.batch, config.microbatch, "--batch", "--microbatch")
     distributed.wrap(model)
     configure_layers(model, config.recompute, config.compile)
     optimiser = make_optimiser(model, config.lr, config.weight_decay, kind=config.optimiser)

@@ -39,8 +39,11 @@ def test_a_saved_scalar_model_loads_unchanged_but_not_as_a_language_model(tmp_pa
     save_model(tmp_path, rm)
     ids, packing = torch.randint(0, 61, (9,)), Packing([7, 2])
     assert torch.equal(load_scalar(tmp_path)(ids, packing), rm(ids, packing))
-    with pytest.raises(InputError, match=r"unexpected tensor 'score|lacks"):
+    with pytest.raises(InputError, match="is a reward model, which does not write text"):
         load_model(tmp_path)
+    save_model(tmp_path, small_model())
+    with pytest.raises(InputError, match="is a language model, not a reward model"):
+        load_scalar(tmp_path)
 
 
 def test_a_model_without_bos_is_saved_without_bos(tmp_path):

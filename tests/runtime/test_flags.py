@@ -30,7 +30,8 @@ def test_a_negative_number_is_read_as_a_value():
     [
         (["--bta", "1"], "unknown flag --bta; did you mean --beta?"),
         (["--frobnicate", "1"], r"unknown flag --frobnicate \(--help"),
-        (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+        (["--lr", "fast"], "--lr fast: not a number"),
+        (["--batch", "1.5"], "--batch 1.5: not a whole number"),
         (["--overwrite", "maybe"], "expected true or false, found 'maybe'"),
         (["--lr"], "argument --lr: expected one argument"),
     ],
@@ -43,6 +44,8 @@ def test_the_message_names_the_wrong_flag(flags, message):
 def test_missing_flags_and_unknown_choices_are_refused():
     with pytest.raises(InputError, match="required: --data, --model, --out"):
         parse(DPOConfig, [])
+    with pytest.raises(InputError, match=r"unknown flag --bta; did you mean --beta\?"):
+        parse(DPOConfig, ["--bta", "1"])
     with pytest.raises(InputError, match="--hard: invalid choice: 'x'"):
         parse(SplitConfig, ["--data", "d", "--rm", "r", "--out", "o", "--hard", "x"])
 
@@ -68,11 +71,11 @@ def test_help_is_grouped_and_starts_with_the_flags_that_the_stage_itself_declare
 
 
 def test_a_division_with_a_remainder_is_refused():
-    assert exact_div(8, 2, "x") == 4
-    with pytest.raises(InputError, match="--a and --b: 7 is not a multiple of 2"):
-        exact_div(7, 2, "--a and --b")
-    with pytest.raises(InputError, match="not positive"):
-        exact_div(0, 2, "--a and --b")
+    assert exact_div(8, 2, "--a", "--b") == 4
+    with pytest.raises(InputError, match=r"^--a 7 must be a multiple of --b 2$"):
+        exact_div(7, 2, "--a", "--b")
+    with pytest.raises(InputError, match="--a 0 and --b 2 must both be positive"):
+        exact_div(0, 2, "--a", "--b")
 
 
 SCRIPTS = """prepare_data.py train_tokenizer.py train_sft.py train_rm.py split_data.py

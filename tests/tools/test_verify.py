@@ -37,7 +37,8 @@ def test_a_finished_run_is_good_and_shows_its_chain(run):
     assert chain(verify(run), "mpo") == ["data", "tokenizer", "sft", "rm", "split", "dpo", "mpo"]
     command = [sys.executable, "-m", "mpo.tools.verify", str(run)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert f"{run}/mpo: data -> tokenizer -> sft " in done.stdout
+    assert "SHA-256): data, tokenizer, sft " in done.stdout
+    assert "| why" not in done.stdout
     assert "every file matches its manifest" in done.stdout
 
 
@@ -53,6 +54,7 @@ def test_a_changed_byte_is_found_and_what_was_made_from_it_is_stale(run):
         [sys.executable, "-m", "mpo.tools.verify", str(run)], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1
+    assert "| why" in done.stdout
     assert "not good: dpo, mpo, eval" in done.stdout
 
 

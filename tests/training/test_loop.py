@@ -43,7 +43,7 @@ def test_the_size_of_a_microbatch_changes_nothing_but_rounding(tokenizer, tmp_pa
 
 
 def test_a_microbatch_that_does_not_divide_the_batch_is_refused(tokenizer, tmp_path):
-    with pytest.raises(InputError, match="8 is not a multiple of 3"):
+    with pytest.raises(InputError, match="--batch 8 must be a multiple of --microbatch 3"):
         train_sft(tokenizer, tmp_path, 3)
 
 
