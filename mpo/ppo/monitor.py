@@ -54,8 +54,8 @@ def collapses(now: Mapping[str, float], first: Mapping[str, float]) -> dict[str,
         )
     if now["length"] < first["length"] / 3 or now["length"] > 3 * first["length"]:
         signs["length"] = (
-            f"{now['length']:.0f} tokens per response, {first['length']:.0f} at first: the reward model likes the length "
-            "itself (score_length_correlation); raise --kl_coef or look at the reward model's training pairs"
+            f"{now['length']:.0f} tokens per response, {first['length']:.0f} at first: the reward model rewards "
+            "length (score_length_correlation); raise --kl_coef or look at the reward model's training pairs"
         )
     if now["entropy"] < 0.1 * first["entropy"]:
         signs["entropy"] = (
