@@ -56,10 +56,10 @@ def run_plain(main: Callable[[list[str]], None]) -> None:
     except RuntimeError as e:
         if not distributed.lost_a_peer(e):
             raise
-        if "MPO_LAUNCHED" in os.environ:  # launch.py says which process died, as soon as it notices
+        if signals.LAUNCHED in os.environ:  # launch.py says which process died, as soon as it notices
             signals.ignore()
             time.sleep(2)
-            os._exit(1)
+            os._exit(signals.SILENT)
         _end("stopped: another process of this job has ended; the same command goes on from the last save", 1)
 
 

@@ -10,9 +10,32 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+from mpo.runtime import signals
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError, Interrupted, RunError
+
+
+@contextmanager
+def recorded_signals() -> Iterator[None]:
+    """Record each signal that this program gets in a file, for the processes that it starts (signals.py).
+
+    The interpreter writes the record when the signal arrives, before any handler passes the signal on.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "signals"
+        handle = os.open(record, os.O_WRONLY | os.O_CREAT | os.O_NONBLOCK)
+        os.environ[signals.LAUNCHED] = str(record)
+        signal.set_wakeup_fd(handle, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(-1)
+            os.close(handle)
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +49,6 @@ def main(argv: list[str]) -> None:
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     processes = int(argv[0])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    os.environ["MPO_LAUNCHED"] = "1"  # tells the processes that this program reports which one was killed
     config = LaunchConfig(
         1,
         1,
@@ -38,12 +60,14 @@ def main(argv: list[str]) -> None:
         monitor_interval=0.1,
     )
     try:
-        elastic_launch(config, sys.executable)(*argv[1:])
+        with recorded_signals():
+            elastic_launch(config, sys.executable)(*argv[1:])
     except SignalException as e:
         raise Interrupted(int(e.sigval)) from None
     except ChildFailedError as e:
-        # The process that died first is the one to name, not those that the engine then ended with SIGTERM.
-        ends = ((failure.exitcode == -signal.SIGTERM, failure.exitcode, rank) for rank, failure in e.failures.items())
+        # The process that died first is the one to name, not those that then ended because of it.
+        silent = (-signal.SIGTERM, signals.SILENT)
+        ends = ((failure.exitcode in silent, failure.exitcode, rank) for rank, failure in e.failures.items())
         _, status, rank = min(ends)
         if status > 0:
             sys.exit(status)  # the process itself has said why

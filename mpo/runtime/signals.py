@@ -1,14 +1,21 @@
-"""SIGTERM and Ctrl-C. Normally they end the program at once; while a stage trains, after the current step is saved."""
+"""SIGTERM and Ctrl-C. Normally they end the program at once; while a stage trains, after the current step is saved.
+
+In a job of several processes, the launcher also sends SIGTERM to those that are left when one of them has died. It then
+says itself what happened, so a process that is ended for another's death says nothing.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from types import FrameType
 
 from mpo.runtime import distributed
 from mpo.runtime.errors import Interrupted
 
+LAUNCHED = "MPO_LAUNCHED"  # in the environment of launched processes: the file in which the launcher records signals
+SILENT = 128 + signal.SIGTERM  # exit status of a process that ends for another's death, and says nothing
 _deferring, _received = False, 0
 
 
@@ -24,12 +31,21 @@ def ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _from_outside(number: int) -> bool:
+    """Whether somebody asked the whole job to stop. The launcher records every signal that it gets (launch.py)."""
+    record = Path(os.environ.get(LAUNCHED, ""))
+    return number == signal.SIGINT or not record.is_file() or record.stat().st_size > 0
+
+
 def _on_signal(number: int, frame: FrameType | None) -> None:
     global _received
+    from_outside = _from_outside(number)
     if _received or not _deferring:
+        if not from_outside:
+            os._exit(SILENT)
         raise Interrupted(number)
     _received = number
-    if distributed.is_main():
+    if from_outside and distributed.is_main():
         os.write(2, b"\nstopping after this step, which will be saved; the same signal again stops at once\n")
 
 

@@ -108,6 +108,7 @@ def test_a_run_stopped_with_two_processes_continues_with_four_and_with_one(hh_ru
         launcher.send_signal(signal.SIGTERM)
         stderr = launcher.communicate(timeout=120)[1]
         assert launcher.returncode == 128 + signal.SIGTERM, stderr
+        assert stderr.count("stopping after this step, which will be saved") == 1, stderr
         assert stderr.count("which is saved; the same command goes on from there") == 1, stderr
         steps = len(lines(out / "metrics.jsonl"))
         assert max(p.name for p in (out / "saves").iterdir()) == f"step-{steps:08d}"
@@ -135,7 +136,7 @@ def test_a_process_that_dies_ends_the_job_with_one_line_and_the_run_can_be_conti
 BEGIN = f"""
 import atexit, os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from mpo.runtime import distributed
+from mpo.runtime import distributed, signals
 from mpo.runtime.errors import InputError
 from mpo.runtime.entry import run_plain
 
@@ -152,18 +153,26 @@ def test_processes_exit_without_shutting_the_interpreter_down(tmp_path):
     assert [line for line in printed if not line.startswith("[Gloo]")] == ["done"]  # older versions print connections
 
 
+KILLED = "launch.py: stopped: process 1 of 2 was killed (SIGABRT); the same command goes on from the last save"
+LOADING = "while True: time.sleep(0.01)"
+TRAINING = """signals.defer(True)
+        while not signals.received():
+            time.sleep(0.01)
+        os._exit(signals.SILENT)"""
+
+
+@pytest.mark.parametrize("survivor", [LOADING, TRAINING], ids=["loading", "training"])
 @pytest.mark.parametrize(
     ("second", "status", "message"),
-    [
-        ("os.abort()", 1, "launch.py: stopped: process 1 of 2 was killed (SIGABRT); the same command goes on"),
-        ("raise InputError('a wrong row')", 2, "script.py: error: a wrong row"),
-    ],
+    [("os.abort()", 1, KILLED), ("raise InputError('a wrong row')", 2, "script.py: error: a wrong row")],
+    ids=["killed", "refused"],
 )
-def test_the_message_is_about_the_process_that_failed_first(second, status, message, tmp_path):
+def test_a_process_that_is_ended_for_anothers_death_says_nothing(second, status, message, survivor, tmp_path):
+    """The launcher ends the survivor with SIGTERM, the same signal that a user sends to stop a stage."""
     script = tmp_path / "script.py"
-    wait = "signal.signal(signal.SIGTERM, signal.SIG_DFL); time.sleep(60)"
-    script.write_text(BEGIN + f"    if distributed.is_main(): {wait}\n    {second}\nrun_plain(main)\n")
-    assert run_processes(2, str(script), expect=status).stderr.startswith(message)
+    script.write_text(BEGIN + f"    if distributed.is_main():\n        {survivor}\n    {second}\nrun_plain(main)\n")
+    lines_of_error = run_processes(2, str(script), expect=status).stderr.splitlines()
+    assert [line for line in lines_of_error if not line.startswith("[Gloo]")] == [message]
 
 
 def test_wrong_input_is_reported_once_and_not_by_every_process(hh_run, tmp_path):

@@ -3,7 +3,8 @@
     python -m tests.support.crashes RUN WORK STAGE KILLS SEED
 
 RUN is a finished run, whose data and models the stage reads. WORK is a folder for what the stage writes. The stage is
-killed KILLS times at random moments; with KILLS = 0, it is killed within writes instead, at one step after another.
+killed KILLS times at random moments. With KILLS = 0 it is killed within its writes instead, at one step after another.
+With STAGE = all, every stage is killed once in each of its phases.
 
 This process imports everything once and forks each attempt. A kill then costs only the work that the stage had done,
 and not another import. Prints one JSON object.
@@ -17,6 +18,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from mpo.config import DPOConfig, PPOConfig, RMConfig, SFTConfig, Training
 from mpo.runtime import files
 from mpo.runtime.entry import run
 from mpo.runtime.files import sha256
+from mpo.runtime.saves import Saves
+from mpo.runtime.stage import Stage
 
 PPO = "--batch 8 --minibatch 4 --microbatch 4 --max_new 10 --critic_warmup 1"
 MODELS = "--prompts {run}/split/prompts.jsonl --model {run}/dpo --ref {run}/sft --rm {run}/rm"
@@ -59,6 +63,8 @@ STAGES: dict[str, tuple[Any, type, str]] = {
     "ppo-grpo": (train_ppo, PPOConfig, f"{MODELS} {PPO} --iterations 6 --advantage grpo --group 4 --threads 2"),
 }
 
+# Flags that shorten a stage but keep its intermediate models, by the part of its name before the dash.
+FEW_STEPS = {"sft": "--epochs 0.4", "rm": "--epochs 0.4", "dpo": "--steps 6", "ppo": "--iterations 4"}
 # Flags that shorten a stage, by the part of its name before the dash.
 SHORT = {"sft": "--epochs 0.5", "rm": "--epochs 0.5", "dpo": "--steps 8 --keep 0", "ppo": "--iterations 4 --keep 0"}
 SHORTEST = {
@@ -168,45 +174,82 @@ def kill_at_random(stage: str, base: Path, work: Path, kills: int, seed: int) ->
     }
 
 
-def kill_within_writes(stage: str, base: Path, work: Path) -> dict[str, Any]:
-    """Kill a stage at the first step of its writes, the next attempt at the second step, and so on until one finishes.
+def die_at_write(call: int) -> Callable[[], None]:
+    """A function that makes a process kill itself before step number `call`, counted over all of its writes.
 
-    A write has three steps: it syncs the temporary file, renames it, and syncs the folder.
+    A write has three steps: it syncs the temporary file, renames it, and syncs the folder. If the file has not been
+    synced yet, half of it is cut off, as a crash of the machine might do.
     """
+    count, sync, replace = [0], files.sync, Path.replace
+
+    def step(path: Path) -> None:
+        count[0] += 1
+        if count[0] == call:
+            if path.is_file() and ".partial" in str(path):
+                os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def patched_sync(path: Path) -> None:
+        step(path)
+        sync(path)
+
+    def patched_replace(self: Path, target: Path) -> Path:
+        step(self)
+        return replace(self, target)
+
+    def patch() -> None:
+        files.sync, Path.replace = patched_sync, patched_replace  # type: ignore[method-assign, assignment]
+
+    return patch
+
+
+def die_at_call(owner: type, method: str, call: int, after: bool) -> Callable[[], None]:
+    """A function that makes a process kill itself before (or after) the given call of a method."""
+    count, original = [0], getattr(owner, method)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        count[0] += 1
+        if count[0] == call and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if count[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return lambda: setattr(owner, method, patched)
+
+
+# What one attempt after another dies of: each leaves the folder in another state.
+PHASES: dict[str, Callable[[], None]] = {
+    "before the first step": die_at_call(Saves, "restore", 1, after=False),
+    "between a step and its save": die_at_call(Stage, "log", 2, after=True),
+    "within a save": die_at_write(12),
+    "between a save and the next step": die_at_call(Saves, "write", 1, after=True),
+    "after the last save": die_at_call(Stage, "finish", 1, after=False),
+}
+
+
+def kill_in_each_phase(stage: str, base: Path, work: Path) -> dict[str, Any]:
+    """Kill a stage once in each of its phases, each attempt continuing the one before; then let it finish."""
+    few = FEW_STEPS[stage.split("-")[0]].split()
+    expected, _ = uninterrupted(stage, base, work / f"{stage}-uninterrupted", *few)
+    out = work / f"{stage}-killed"
+    for phase, patch in PHASES.items():
+        if (status := wait(start(stage, base, out, *few, before=patch))) != -signal.SIGKILL:
+            raise RuntimeError(f"{stage}, {phase}: {status}, {out.with_suffix('.log').read_text()[-2000:]}")
+    status = wait(start(stage, base, out, *few))
+    same = not status and result_hashes(out) == expected
+    return {"kills": len(PHASES), "resumed": resumptions(out), "runs": 1, "same": same}
+
+
+def kill_within_writes(stage: str, base: Path, work: Path) -> dict[str, Any]:
+    """Kill a stage at the first step of its writes, then at the second step, and so on until an attempt finishes."""
     short = SHORT[stage.split("-")[0]].split()
     expected, _ = uninterrupted(stage, base, work / "uninterrupted", *short)
     out, kills = work / "killed", 0
-
-    def die_at(call: int) -> Any:
-        """A function that makes a process kill itself before step number `call`, counted over all of its writes.
-
-        If the file has not been synced yet, half of it is cut off, as a crash of the machine might do.
-        """
-        count, sync, replace = [0], files.sync, Path.replace
-
-        def step(path: Path) -> None:
-            count[0] += 1
-            if count[0] == call:
-                if path.is_file() and ".partial" in str(path):
-                    os.truncate(path, path.stat().st_size // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def patched_sync(path: Path) -> None:
-            step(path)
-            sync(path)
-
-        def patched_replace(self: Path, target: Path) -> Path:
-            step(self)
-            return replace(self, target)
-
-        def patch() -> None:
-            files.sync, Path.replace = patched_sync, patched_replace  # type: ignore[method-assign, assignment]
-
-        return patch
-
     call = 4  # steps 1 to 3 write stage.json, before the stage has done anything
     while not (out / "manifest.json").exists():
-        status = wait(start(stage, base, out, *short, before=die_at(call)))
+        status = wait(start(stage, base, out, *short, before=die_at_write(call)))
         if status not in (0, -signal.SIGKILL):
             raise RuntimeError(f"{stage} ended with {status}: {out.with_suffix('.log').read_text()[-2000:]}")
         kills += status != 0
@@ -220,6 +263,10 @@ def main() -> None:
     kills, seed = int(sys.argv[4]), int(sys.argv[5])
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    if stage == "all":
+        for name in STAGES:
+            print(json.dumps({"stage": name, **kill_in_each_phase(name, base, work)}), flush=True)
+        return
     outcome = kill_at_random(stage, base, work, kills, seed) if kills else kill_within_writes(stage, base, work)
     print(json.dumps({"stage": stage, **outcome}))
 
