@@ -48,7 +48,7 @@ def tune(study: Study, jobs: int) -> int:
     """Choose every method's settings in each world: those of the trial with the highest gold. Returns failed cells."""
     results = study.results / "tune.jsonl"
     chosen: dict[str, dict[str, str]] = read_json(study.settings) if study.settings.exists() else {}
-    for _, methods in groupby(TUNED, key=lambda m: (TUNED[m], m in FIRST_STAGE and TUNED[m] == "dpo")):
+    for _, methods in groupby(study.tuned, key=lambda m: (TUNED[m], m in FIRST_STAGE and TUNED[m] == "dpo")):
         settings = {task: chosen.get(task, {}) for task in study.tasks}
         todo = [(task, m) for m, task in product(methods, study.tasks) if m not in settings[task]]
         cells = [c for task, m in todo for c in tuning_cells(study, task, m, settings[task])]

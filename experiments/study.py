@@ -54,6 +54,8 @@ LAST_STAGES = {
     "ppo-dpo": LastStage("dpo", "ppo-hard", "ppo-hard", "split/pairs.jsonl"),
 }
 
+UNTUNED = tuple(method for method in LAST_STAGES if method not in TUNED)
+
 # The methods of two stages -> their first stage, a method itself.
 FIRST_STAGE = {method: last.model for method, last in LAST_STAGES.items() if last.model != "sft"}
 
@@ -69,6 +71,7 @@ class Study:
     tasks: tuple[str, ...] = ("hh", "tldr")
     seeds: tuple[int, ...] = (11, 12, 13, 14, 15)
     tuning_seed: int = 1
+    methods: tuple[str, ...] = ("sft", *TUNED, *UNTUNED)  # of the main grid, in the order of its tables
     trials: int = 3  # of each tuned method
     dpo_unit: str = "--steps 320 --keep 3"  # one unit of budget; how many intermediate models to keep
     ppo_unit: str = "--iterations 50 --keep 3"
@@ -107,12 +110,13 @@ class Study:
         """Method -> the flags that drive it past its best gold."""
         dpo = f"--lr 2e-4 --beta 0.05 {self.dpo_long} --keep 7"
         ppo = f"--kl_coef 0 {self.ppo_long} --keep 7"
-        return {"dpo-all": dpo, "ppo": ppo, "mpo": ppo, "dpo-ppo": ppo}
+        flags = {"dpo-all": dpo, "ppo": ppo, "mpo": ppo, "dpo-ppo": ppo}
+        return {method: pushed for method, pushed in flags.items() if method in self.methods}
 
     @property
-    def methods(self) -> tuple[str, ...]:
-        """Every method of the main grid, in the order of its tables."""
-        return ("sft", *TUNED, *self.inherited)
+    def tuned(self) -> dict[str, str]:
+        """The methods that are tuned -> the kind of their last stage (TUNED)."""
+        return {method: kind for method, kind in TUNED.items() if method in self.methods}
 
     def base_run(self, task: str, seed: int) -> str:
         """A run folder of the main grid, whose stages the tuning and the sweeps share."""
@@ -139,6 +143,7 @@ REDUCED = replace(
     reasons=None,
     tasks=("hh",),
     seeds=(11,),
+    methods=("sft", "dpo", "dpo-all-long", "ppo-long", "mpo"),
     trials=1,
     dpo_unit="--steps 4 --keep 1",
     ppo_unit="--iterations 2 --keep 1 --critic_warmup 0 --batch 16 --minibatch 8 --microbatch 8 --max_new 24",
@@ -149,6 +154,7 @@ REDUCED = replace(
     prompts=16,
     variables={"QUICK": "1"},
     noise=(0.3,),
-    noise_methods=("sft", "dpo-all-long", "ppo-long", "mpo"),
+    noise_methods=("sft", "mpo"),
     gammas=("q0.75",),
+    gamma_methods=("mpo",),
 )

@@ -144,8 +144,18 @@ def test_the_full_grid_has_every_cell_once(tmp_path):
     for cells in sizes.values():
         assert len({c.key for c in cells}) == len(cells)
         assert len({(c.run, c.policy) for c in cells}) == len(cells)
+    assert FULL.methods == ("sft", *TUNED, *FULL.inherited)
+    assert list(FULL.tuned) == list(TUNED)
     with pytest.raises(InputError, match="run the tuning first"):
         claims.grid_cells(replace(FULL, results=tmp_path / "none"), "main")
+
+
+def test_the_reduced_study_has_every_grid_in_few_cells(tmp_path):
+    study = replace(REDUCED, results=tmp_path)
+    assert list(study.tuned) == ["dpo", "mpo"]
+    write_json(study.settings, {"hh": dict.fromkeys(study.tuned, "--lr 1")})
+    sizes = {g: len(claims.grid_cells(study, g)) for g in ("main", "noise", "price", "gamma", "pushed")}
+    assert sizes == {"main": 5, "noise": 2, "price": 1, "gamma": 1, "pushed": 1}
 
 
 def test_ablate_makes_a_cell_of_each_variant_and_seed():
@@ -222,6 +232,7 @@ def test_a_collapse_has_its_reasons():
 
 def test_the_page_is_written_from_the_rows_alone(tmp_path):
     study = replace(REDUCED, results=tmp_path, page=tmp_path / "docs" / "results.md", seeds=(11, 12))
+    study = replace(study, methods=FULL.methods, noise_methods=("sft", "dpo-all-long", "ppo-long", "mpo"))
     golds = {"sft": 1.0, "dpo": 2.0, "dpo-all": 1.8, "dpo-hard": 1.2, "mpo": 2.5, "ppo-long": 2.2, "dpo-all-long": 2.1}
     rng = np.random.default_rng(0)
     rows = [row(m, s, g + rng.normal(0, 0.01), kl=i) for s in (11, 12) for i, (m, g) in enumerate(golds.items())]
