@@ -55,7 +55,8 @@ def main(config: DataConfig) -> None:
     if builtin:
         splits = build(config.task, config.seed, config.train, config.test)
         splits["train"] = flip_labels(config.task, config.seed, splits["train"], config.noise)
-        sheet = "".join(json.dumps(item) + "\n" for item in probe_sheet(config.task, config.seed))
+        prompts = max(2, min(24, config.test // 40))  # for each kind and mistake: fewer with a small test split
+        sheet = "".join(json.dumps(item) + "\n" for item in probe_sheet(config.task, config.seed, prompts))
         write_text(stage.out / "probe.jsonl", sheet)
     else:
         splits = without_overlap(read(config, dropped), dropped)

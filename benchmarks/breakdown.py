@@ -1,6 +1,6 @@
 """How much of a step's time each compiled function takes: python -m benchmarks.breakdown CASE THREADS
 
-All compiled kernels are called through one function, `call` in kernels/cpu/library.py, which is timed here. The rest of
+All compiled kernels are called through one function, `call` in kernels/cpu/binding.py, which is timed here. The rest of
 a step is torch: embeddings, sums, the optimiser, autograd, Python.
 """
 
@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from benchmarks.ours import CASES
-from mpo.kernels.cpu import library
+from mpo.kernels.cpu import binding
 from mpo.runtime.setup import setup_torch
 
 
 def timed(spent: Counter[str]) -> Any:
-    """A replacement for library.call that also adds the seconds of each function to `spent`."""
-    plain = library.call
+    """A replacement for binding.call that also adds the seconds of each function to `spent`."""
+    plain = binding.call
 
-    def call(function: str, *arguments: library.Argument) -> None:
+    def call(function: str, *arguments: binding.Argument) -> None:
         began = time.perf_counter()
         plain(function, *arguments)
         spent[function] += time.perf_counter() - began  # type: ignore[assignment]
@@ -37,7 +37,7 @@ def profile(case: str, steps: int = 5) -> dict[str, float]:
     step, spent = CASES[case](), Counter[str]()
     step()
     call = timed(spent)
-    plain = library.call
+    plain = binding.call
     for name, module in list(sys.modules.items()):
         if name.startswith("mpo.kernels.cpu") and getattr(module, "call", None) is plain:
             module.call = call  # type: ignore[attr-defined]

@@ -7,7 +7,6 @@ and each line has its name beside its end.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from experiments.panels import FAINT, End, make_panels, save
 from experiments.statistics import Contrast, column, hierarchical_bootstrap
 
 Rows = Sequence[Mapping[str, Any]]
 Points = Sequence[tuple[float, float]]
 Stages = Sequence[Points]  # the path of a policy, a list of points for each stage
 
-DPI = 110
-FAINT = 0.2  # opacity of single seeds, which names may cover
 BLACK, GREY, BLUE, SKY, ORANGE, RED = "#000000", "#777777", "#0072B2", "#56B4E9", "#E69F00", "#D55E00"
 
 
@@ -53,107 +51,6 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-# --- panels, and the names of their lines ----------------------------------------------------------
-
-
-class End(NamedTuple):
-    """A point of a line, usually the last, that the line's name is written beside."""
-
-    name: str
-    x: float
-    y: float
-    colour: str
-
-
-def _panels(columns: int, width: float = 4.6, height: float = 3.6, rows: int = 1) -> tuple[Any, Any]:
-    """A figure, and its panels (rows, columns)."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "axes.titlesize": 10}
-    plt.rcParams.update(style | {"legend.frameon": False, "figure.constrained_layout.use": True, "figure.dpi": DPI})
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
-
-
-def _save(figure: Any, path: Path, ends: Sequence[tuple[Any, Sequence[End]]] = ()) -> None:
-    """Write the names of each panel's lines, then the figure."""
-    import matplotlib.pyplot as plt
-
-    figure.draw_without_rendering()  # settles the layout, so that names can be placed by the pixel
-    figure.set_layout_engine("none")
-    for axis, ends_of_panel in ends:
-        _name_lines(axis, ends_of_panel)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
-    plt.close(figure)
-
-
-def _ink(axis: Any) -> NDArray[np.float64]:
-    """(N, 2): the pixels, a few apart, of all lines and error bars of a panel but the faint ones."""
-    lines = [np.asarray(line.get_xydata()) for line in axis.lines if line.get_alpha() != FAINT]
-    for bars in axis.collections:
-        lines += bars.get_segments() if hasattr(bars, "get_segments") else []
-    dense = [np.empty((0, 2))]
-    for line in lines:
-        at = axis.transData.transform(line)
-        dense.append(at)
-        for a, b in itertools.pairwise(at):
-            dense.append(a + (b - a) * np.linspace(0, 1, 2 + int(np.hypot(*(b - a)) / 3))[:, None])
-    return np.concatenate(dense)
-
-
-def _name_lines(axis: Any, ends: Sequence[End]) -> None:
-    """Write each name as close to its end as it can be without covering a line or another name."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.patheffects import withStroke
-
-    ink, frame = _ink(axis), axis.get_window_extent()
-    low, high = np.asarray((frame.x0, frame.y0)), np.asarray((frame.x1 + 8, frame.y1 + 8))
-    taken: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []  # corners of the names so far
-    around = np.linspace(0, 2 * np.pi, 24, endpoint=False)  # to the right first
-    points = axis.transData.transform([(end.x, end.y) for end in ends])
-
-    def cost(away: float, corner: NDArray[np.float64], opposite: NDArray[np.float64], others: Any) -> float:
-        outside = (corner < low).any() or (opposite > high).any()
-        on_name = any((corner < b).all() and (opposite > a).all() for a, b in taken)
-        covered = ((ink > corner) & (ink < opposite)).all(1).sum()
-        mistakable = ((others > corner - 8) & (others < opposite + 8)).all(1).any()  # for the name of another line
-        return away + 10 * covered + 100 * mistakable + 1e4 * (outside or on_name)
-
-    for end, at in zip(ends, points, strict=True):
-        if not frame.contains(*at):
-            continue
-        look = {"ha": "center", "va": "center", "multialignment": "left", "fontsize": 8}
-        others = points[np.abs(points - at).max(1) > 1]
-        trial = axis.text(end.x, end.y, end.name, **look)
-        extent = trial.get_window_extent()
-        trial.remove()
-        size = np.asarray((extent.width + 4, extent.height + 2))
-        places: list[tuple[float, int, float, NDArray[np.float64]]] = []
-        for away in (9.0, 13.0, 18.0, 26.0, 36.0, 48.0, 60.0):
-            for angle in around:
-                move = np.asarray((np.cos(angle), np.sin(angle))) * (size / 2 + away)
-                total = cost(away, at + move - size / 2, at + move + size / 2, others)
-                places.append((total, len(places), away, move))
-        _, _, away, move = min(places)
-        taken.append((at + move - size / 2, at + move + size / 2))
-        colour = [0.7 * c for c in to_rgb(end.colour)]  # dark enough to be read as text
-        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
-        axis.annotate(
-            end.name,
-            (end.x, end.y),
-            72 / DPI * move,
-            textcoords="offset points",
-            color=colour,
-            path_effects=[withStroke(linewidth=2, foreground="white")],
-            arrowprops=arrow if away > 13 else None,
-            annotation_clip=False,
-            **look,
-        )
-
-
 # --- figures of results ----------------------------------------------------------------------------
 
 
@@ -162,7 +59,7 @@ def ablation(rows: Rows, variants: Sequence[str], path: Path) -> bool:
     if not available():
         return False
     present = [v for v in variants if any(r["variant"] == v for r in rows)]
-    figure, ((left, right),) = _panels(2, height=max(3.0, 0.28 * len(present) + 1))
+    figure, ((left, right),) = make_panels(2, height=max(3.0, 0.28 * len(present) + 1))
     ends = []
     for i, variant in enumerate(present):
         mine = [r for r in rows if r["variant"] == variant]
@@ -176,7 +73,7 @@ def ablation(rows: Rows, variants: Sequence[str], path: Path) -> bool:
     left.invert_yaxis()
     left.set(xlabel="gold reward, 95 % interval over seeds and prompts", title=rows[0]["task"])
     right.set(xlabel="KL to SFT, nats per response", ylabel="gold reward", title="large: mean; small: single seeds")
-    _save(figure, path, [(right, ends)])
+    save(figure, path, [(right, ends)])
     return True
 
 
@@ -239,7 +136,7 @@ def paths(
         enlarge: give each world a second panel, which enlarges the part where most paths end.
     """
     columns = 2 if enlarge else len(curves)
-    figure, panels = _panels(columns, rows=len(curves) if enlarge else 1)
+    figure, panels = make_panels(columns, rows=len(curves) if enlarge else 1)
     ends = []
     for i, (task, methods) in enumerate(curves.items()):
         axes = panels[i] if enlarge else [panels[0][i]]
@@ -260,7 +157,7 @@ def paths(
             axes[1].set_ylim(firsts[:, 1].min() - margin, lasts[:, 1].max() + 2 * margin)
             axes[0].indicate_inset(axes[1].viewLim.bounds, edgecolor=GREY, linewidth=0.8)
     _paths_key(figure, any(len(stages) > 1 for m in curves.values() for seeds in m.values() for stages in seeds))
-    _save(figure, path, ends)
+    save(figure, path, ends)
 
 
 VERDICTS = {"holds": (BLUE, "o"), "fails": (RED, "s"), "open": (GREY, "D")}  # colour and marker
@@ -271,7 +168,7 @@ def forest(groups: Mapping[str, Mapping[int, Mapping[str, Contrast]]], path: Pat
     from matplotlib.lines import Line2D
 
     longest = max(sum(len(c) + 1 for c in claims.values()) for claims in groups.values())
-    figure, (axes,) = _panels(len(groups), width=4.8, height=0.27 * longest + 1.2)
+    figure, (axes,) = make_panels(len(groups), width=4.8, height=0.27 * longest + 1.2)
     for axis, (task, claims) in zip(axes, groups.items(), strict=True):
         names: list[str] = []
         for claim, contrasts in claims.items():
@@ -299,14 +196,14 @@ def forest(groups: Mapping[str, Mapping[int, Mapping[str, Contrast]]], path: Pat
     handles = [Line2D([], [], color=c, marker=m, label=f"{v}") for v, (c, m) in VERDICTS.items()]
     handles.append(Line2D([], [], color=GREY, marker="o", markersize=2.5, linestyle="", label="single seed"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def sweep(
     lines: Mapping[str, Mapping[str, Sequence[tuple[float, tuple[float, float, float]]]]], path: Path, xlabel: str
 ) -> None:
     """A panel for each world: gold with its interval along a setting that is varied, a line for each method."""
-    figure, (axes,) = _panels(len(lines))
+    figure, (axes,) = make_panels(len(lines))
     ends = []
     for axis, (task, methods) in zip(axes, lines.items(), strict=True):
         named = []
@@ -324,14 +221,14 @@ def sweep(
         axis.set_xlim(right=settings.max() + 0.3 * width)
         axis.set(xlabel=xlabel, ylabel="gold reward", title=task)
         ends.append((axis, named))
-    _save(figure, path, ends)
+    save(figure, path, ends)
 
 
 def growth(
     lines: Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]], ylabels: Sequence[str], path: Path
 ) -> None:
     """A column for each size that grows, a row for each quantity; lines[size][way][value] has a number for each row."""
-    figure, panels = _panels(len(lines), width=3.6, height=2.8, rows=len(ylabels))
+    figure, panels = make_panels(len(lines), width=3.6, height=2.8, rows=len(ylabels))
     styles = (STYLES["mpo"], STYLES["dpo"], STYLES["dpo-ppo"])
     ends = []
     for place, (thing, ways) in enumerate(lines.items()):
@@ -352,4 +249,4 @@ def growth(
             axis.set_yticks(ticks, [f"{t:,g}" for t in ticks])
             axis.minorticks_off()
             ends.append((axis, named))
-    _save(figure, path, ends)
+    save(figure, path, ends)

@@ -26,7 +26,7 @@ def library() -> Path:
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     texts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
     key = " ".join([*texts, *FLAGS, platform.machine(), processor])
-    return SOURCES.parent / "build" / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    return SOURCES.parent / "compiled" / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
 
 def compiler() -> str | None:

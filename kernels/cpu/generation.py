@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..packing import Packing
 from ..reference import LayerWeights
-from .library import call, packed
+from .binding import call, packed
 
 POINTERS = 11  # of a layer, as decode.cpp reads them: LayerWeights, keys, values
 BLOCK = 16  # the cache has room for a multiple of so many tokens a row; the length of a vector must divide it

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import weight_cache
-from .library import call, packed
-from .library import matmul as matmul
+from .binding import call, packed
+from .binding import matmul as matmul
 
 
 def _bf16(hidden: Tensor) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..packing import Packing
-from .library import call
+from .binding import call
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -58,9 +58,9 @@ def leave() -> None:
     """End this process with success, at once, if it is one of several and all have come this far.
 
     A process that left earlier would break the connections of one that is still joining or in its last collective.
-    It does not leave through the interpreter's shutdown: gloo's threads release the tensors of a collective a moment after it is
-    done, and one that needs the interpreter while it is being torn down aborts the process. That was seen now and
-    then on a busy machine ("terminate called without an active exception").
+    It does not leave through the interpreter's shutdown: gloo's threads release the tensors of a collective a moment
+    after it is done, and one that needs the interpreter while it is being torn down aborts the process. That was seen
+    now and then on a busy machine ("terminate called without an active exception").
     """
     if dist.is_initialized():
         sys.stdout.flush()

@@ -110,7 +110,7 @@ def flip_labels(name: str, seed: int, rows: list[Row], share: float) -> list[Row
     return [replace(r, chosen=r.rejected, rejected=r.chosen) if rng.random() < share else r for r in rows]
 
 
-def probe_sheet(name: str, seed: int, each: int = 24) -> list[dict[str, str]]:
+def probe_sheet(name: str, seed: int, each: int) -> list[dict[str, str]]:
     """For each kind of prompt and each mistake: `each` prompts, with a right answer and one that makes this mistake.
 
     A reward model should score every right answer above the wrong one. Where it does not, PPO will exploit it.
