@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.group import CASES, case_name
+from tests.support.hooks import WAIT_FOR_SIGNAL, script_with_hook
 from tests.support.scripts import ROOT, run_script
 
 DPO = "train_dpo.py --data {run}/split/pairs.jsonl --model {run}/sft --batch 8 --microbatch 4 --steps 60"
@@ -28,7 +26,7 @@ def command(text: str, run: Path, out: Path, *more: object) -> list[str]:
     return [*text.format(run=run).split(), "--out", str(out), "--threads", "1", *map(str, more)]
 
 
-def run_processes(count: int, *flags: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def run_processes(count: int, *flags: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
     return run_script("-m", "mpo.runtime.launch", count, *flags, expect=expect)
 
 
@@ -81,56 +79,33 @@ def test_the_split_and_the_evaluation_divide_rows_that_are_no_multiple_of_the_pr
         assert [r["kl"] for r in one] == pytest.approx([r["kl"] for r in three], abs=2e-5)
 
 
-def start_processes(count: int, *flags: str) -> subprocess.Popen[str]:
-    """Start a stage in several processes without waiting for them. Returns the launcher."""
-    command = [sys.executable, "-m", "mpo.runtime.launch", str(count), *flags]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_steps(out: Path, steps: int) -> None:
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < steps:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def children(launcher: int) -> list[int]:
-    """The process ids of the processes that a launcher has started."""
-    return [int(x) for x in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
-
-
 def test_a_run_stopped_with_two_processes_continues_with_four_and_with_one(hh_run, tmp_path):
     run_script(*command(DPO, hh_run, tmp_path / "uninterrupted"))
     out = tmp_path / "out"
     for count in (2, 4):
-        launcher = start_processes(count, *command(DPO, hh_run, out, "--shard", "true", "--save_every", 1000))
-        wait_for_steps(out, 10 * count)
-        launcher.send_signal(signal.SIGTERM)
-        stderr = launcher.communicate(timeout=120)[1]
-        assert launcher.returncode == 128 + signal.SIGTERM, stderr
+        steps = 10 * count
+        _, *flags = command(DPO, hh_run, out, "--shard", "true", "--save_every", 1000)
+        body = WAIT_FOR_SIGNAL.format(step=steps - 1, process="os.getppid()", number=int(signal.SIGTERM))
+        hooked = script_with_hook(tmp_path, "train_dpo.py", body)
+        stderr = run_processes(count, hooked, *flags, expect=128 + signal.SIGTERM).stderr
         assert stderr.count("stopping after this step, which will be saved") == 1, stderr
-        assert stderr.count("which is saved; the same command goes on from there") == 1, stderr
-        steps = len(lines(out / "metrics.jsonl"))
+        assert stderr.count(f"interrupted after step {steps}, which is saved; the same command goes on") == 1, stderr
+        assert len(lines(out / "metrics.jsonl")) == steps
         assert max(p.name for p in (out / "saves").iterdir()) == f"step-{steps:08d}"
     done = run_script(*command(DPO, hh_run, out))
-    assert "going on after step" in done.stdout
+    assert f"going on after step {steps}" in done.stdout
     assert_same_run(tmp_path / "uninterrupted", out)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs /proc to find the processes")
 def test_a_process_that_dies_ends_the_job_with_one_line_and_the_run_can_be_continued(hh_run, tmp_path):
-    out = tmp_path / "out"
-    flags = command(DPO, hh_run, out, "--save_every", 0)
-    launcher = start_processes(2, *flags)
-    wait_for_steps(out, 5)
-    os.kill(children(launcher.pid)[-1], signal.SIGKILL)
-    stderr = launcher.communicate(timeout=120)[1].splitlines()
-    assert launcher.returncode == 1
+    script, *flags = command(DPO, hh_run, tmp_path / "out", "--save_every", 0)
+    body = "if step == 5 and not distributed.is_main(): os.kill(os.getpid(), signal.SIGKILL)"
+    stderr = run_processes(2, script_with_hook(tmp_path, script, body), *flags, expect=1).stderr.splitlines()
     messages = [line for line in stderr if "it/s" not in line and line.strip()]  # without progress bars
     assert messages == [
         "launch.py: stopped: process 1 of 2 was killed (SIGKILL); the same command goes on from the last save"
     ]
-    assert "going on after step" in run_processes(2, *flags).stdout
+    assert "going on after step 5" in run_processes(2, script, *flags).stdout
 
 
 BEGIN = f"""

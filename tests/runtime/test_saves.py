@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import SMALL
 from tests.support.crashes import PHASES, STAGES
+from tests.support.hooks import WAIT_FOR_SIGNAL, script_with_hook
 from tests.support.scripts import ROOT, run_script
 
 
@@ -58,21 +58,15 @@ def dpo_flags(hh_run: Path, out: Path) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stage_that_gets_a_signal_saves_before_it_ends_and_can_be_continued(hh_run, tmp_path, number):
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, *dpo_flags(hh_run, out)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(number)
-    stderr = process.communicate(timeout=120)[1]
-    assert process.returncode == 128 + number
-    step = len((out / "metrics.jsonl").read_text().splitlines())
+    out, step = tmp_path / "out", 7
+    _, *flags = dpo_flags(hh_run, out)
+    body = WAIT_FOR_SIGNAL.format(step=step - 1, process="os.getpid()", number=int(number))
+    stderr = run_script(script_with_hook(tmp_path, "train_dpo.py", body), *flags, expect=128 + number).stderr
     assert stderr.splitlines()[-1] == (
         f"train_dpo.py: interrupted after step {step}, which is saved; the same command goes on from there"
     )
+    assert "stopping after this step, which will be saved" in stderr
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == step
     assert [p.name for p in (out / "saves").iterdir()] == [f"step-{step:08d}"]
     assert "Traceback" not in stderr
     done = run_script(*dpo_flags(hh_run, out))
@@ -84,22 +78,10 @@ def test_a_stage_that_gets_a_signal_saves_before_it_ends_and_can_be_continued(hh
 @pytest.fixture
 def interrupted(hh_run, tmp_path):
     """The flags and the folder of a DPO stage that was killed after step 6, with two saves."""
-    code = (
-        "import sys, runpy, os, signal\n"
-        "from mpo.runtime import stage\n"
-        "log = stage.Stage.log\n"
-        "def stop(self, step, metrics):\n"
-        "    log(self, step, metrics)\n"
-        "    if step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "stage.Stage.log = stop\n"
-        "sys.argv = sys.argv[1:]\n"
-        "sys.path.insert(0, '.')\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
     flags = [x if x != "1000" else "0" for x in dpo_flags(hh_run, tmp_path / "out")]
     flags[flags.index("100")] = "10"
-    done = subprocess.run([sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    hooked = script_with_hook(tmp_path, "train_dpo.py", "if step == 6: os.kill(os.getpid(), signal.SIGKILL)")
+    run_script(hooked, *flags[1:], expect=-signal.SIGKILL)
     names = sorted(p.name for p in (tmp_path / "out" / "saves").iterdir())
     assert names == ["step-00000005", "step-00000006"]
     return flags, tmp_path / "out"
