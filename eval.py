@@ -22,10 +22,11 @@ from mpo.model.scoring import each_batch, score
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json, write_text
+from mpo.runtime.manifest import read_manifest
 from mpo.runtime.output import counts_text, interval, progress
 from mpo.runtime.seeding import generator
 from mpo.runtime.setup import setup_torch
-from mpo.runtime.stage import Stage, read_manifest
+from mpo.runtime.stage import Stage
 from mpo.tools import memory
 from mpo.tools.report import make_report, write_responses
 from mpo.world import gold

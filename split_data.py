@@ -21,9 +21,10 @@ from mpo.preference.split import Split, assign, control, gap_over_uncertainty, p
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_text
+from mpo.runtime.manifest import hash_tree
 from mpo.runtime.output import counts_text
 from mpo.runtime.setup import setup_torch
-from mpo.runtime.stage import Stage, hash_tree
+from mpo.runtime.stage import Stage
 from mpo.tools import memory
 from mpo.tools.report import split_text
 

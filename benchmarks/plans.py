@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -82,6 +83,7 @@ def measure(folder: Path, stage: str, microbatch: int, *more: str) -> tuple[floa
     asked = [*command(folder, stage, microbatch), *more]
     said = subprocess.run([*asked, "--plan", "true"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     planned = float(re.findall(r"total +([\d,]+) MB", said)[0].replace(",", ""))
+    shutil.rmtree(folder / stage, ignore_errors=True)  # a finished stage would not be run again
     subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
     manifest: dict[str, Any] = json.loads((folder / stage / "manifest.json").read_text())
     return planned, manifest["peak_memory_mb"]

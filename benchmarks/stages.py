@@ -12,8 +12,8 @@ from experiments.grid import ROOT, commit, machine
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_json
+from mpo.runtime.manifest import read_manifest
 from mpo.runtime.output import table
-from mpo.runtime.stage import read_manifest
 
 STAGES = ("data", "tokenizer", "sft", "rm", "split", "dpo", "mpo", "eval")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mpo.runtime import distributed, signals
-from mpo.runtime.errors import Ending, InputError, RunError
+from mpo.runtime.errors import Ending, InputError, RunError, UpToDate
 from mpo.runtime.flags import parse
 
 
@@ -49,6 +49,10 @@ def run_plain(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
         distributed.leave()
+    except UpToDate as e:
+        if distributed.is_main():
+            print(e)
+        distributed.leave()
     except Ending as e:
         _end({InputError: "error: ", RunError: "stopped: "}.get(type(e), "") + str(e), e.status)
     except OSError as e:
@@ -60,7 +64,7 @@ def run_plain(main: Callable[[list[str]], None]) -> None:
             signals.ignore()
             time.sleep(2)
             os._exit(signals.SILENT)
-        _end("stopped: another process of this job has ended; the same command goes on from the last save", 1)
+        _end("stopped: another process of this job has ended; the same command goes on from the last save, if any", 1)
 
 
 def one_argument(argv: list[str], usage: str) -> str:

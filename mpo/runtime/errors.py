@@ -25,9 +25,16 @@ class RunError(Ending):
     """The run cannot go on, although its input was read: a full disk, a loss that is not finite. Exit status 1."""
 
 
+class UpToDate(Ending):
+    """There is nothing to do: a stage is finished already. Exit status 0."""
+
+    status = 0
+
+
 class Interrupted(Ending):
     """A signal asked the program to stop, and everything is in order. Exit status 128 + the signal's number."""
 
     def __init__(self, signal: int, where: str = ""):
-        super().__init__(f"interrupted{where}; the same command goes on from there")
+        """`where`: what was reached, and what the same command does next; "" if that is not known here."""
+        super().__init__(f"interrupted{where}")
         self.status = 128 + signal

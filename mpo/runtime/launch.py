@@ -48,6 +48,7 @@ def main(argv: list[str]) -> None:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     processes = int(argv[0])
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what goes wrong below also arrives as an exception
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     config = LaunchConfig(
         1,
@@ -73,7 +74,7 @@ def main(argv: list[str]) -> None:
             sys.exit(status)  # the process itself has said why
         name = signal.Signals(-status).name
         raise RunError(
-            f"process {rank} of {processes} was killed ({name}); the same command goes on from the last save"
+            f"process {rank} of {processes} was killed ({name}); the same command goes on from the last save, if any"
         ) from None
 
 

@@ -26,16 +26,13 @@ from mpo.config import Training
 from mpo.runtime import distributed, signals, tensor_files
 from mpo.runtime.errors import InputError, Interrupted, RunError
 from mpo.runtime.files import atomic_folder, read_json, sha256, sync, write_json
-from mpo.runtime.stage import SAVES, Stage
+from mpo.runtime.manifest import SAVES, Recipe
+from mpo.runtime.stage import ABOUT, Stage
 
 Numbers = dict[str, Any]  # what JSON can hold
 Optimiser = torch.optim.Optimizer
-# Flags that change a stage's result by rounding at most.
-ROUNDING_ONLY = {"out", "overwrite", "threads", "save_every", "plan"}
-ROUNDING_ONLY |= {"shard", "recompute", "compile", "device", "deterministic"}
 KEPT = 2  # saves that are kept until the stage is finished
 SHARE = 0.05  # largest share of the time that saving may take
-ABOUT = "about.json"
 
 
 class Part(NamedTuple):
@@ -52,8 +49,6 @@ class Saves:
         """`parts`: what a save holds, by name."""
         self.stage, self.config, self.parts = stage, config, parts
         self.folder = stage.out / SAVES
-        flags = {k: v for k, v in asdict(config).items() if k not in ROUNDING_ONLY | stage.inputs.keys()}
-        self.key = hashlib.sha256(json.dumps([flags, stage.input_hashes], sort_keys=True).encode()).hexdigest()
         self.last_at, self.last_cost = time.monotonic(), 0.0  # when the last save ended, and how long it took
 
     def restore(self, numbers: Numbers) -> tuple[int, Numbers]:
@@ -68,6 +63,7 @@ class Saves:
             self.stage.earlier = about["seconds"]
             step, numbers = about["step"], json.loads(about["numbers"])
             print(f"{self.stage.name}: going on after step {step}, from {path}")
+            signals.promise(f"goes on after step {step}")
         distributed.from_main(lambda: self.stage.forget(step))
         signals.defer(True)
         return step, numbers
@@ -83,7 +79,7 @@ class Saves:
         if last:
             signals.defer(False)
         if stopped:
-            raise Interrupted(int(stopped), f" after step {step}, which is saved")
+            raise Interrupted(int(stopped), f" after step {step}, which is saved; the same command goes on from there")
 
     def _due(self) -> bool:
         wait = self.config.save_every and max(self.config.save_every, self.last_cost / SHARE)
@@ -111,12 +107,13 @@ class Saves:
             tensor_files.write(partial, tensors)
             if distributed.is_main():
                 hashes = {file.name: sha256(file) for file in sorted(partial.glob("*.safetensors"))}
-                about = {"step": step, "key": self.key, "seconds": self.stage.seconds, "sha256": hashes}
+                about = {"step": step, **asdict(self.stage.recipe), "seconds": self.stage.seconds, "sha256": hashes}
                 about["numbers"] = json.dumps(numbers)  # as a string, since some may be NaN
                 write_json(partial / ABOUT, about | {"check": _digest(about)})
         if distributed.is_main():
             for old in sorted(self.folder.glob("step-*"))[:-KEPT]:
                 shutil.rmtree(old)
+        signals.promise(f"goes on after step {step}")
         self.last_at = time.monotonic()
         self.last_cost = self.last_at - began
         return path
@@ -132,13 +129,14 @@ class Saves:
                     yield f"{name}/{moment}/{key}", value.contiguous()
 
     def _newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The last complete save of this stage, and its about.json; other saves are removed."""
+        """The last complete save of this stage, and its about.json. Damaged saves are set aside under another name."""
         for path in sorted(self.folder.glob("step-*"), reverse=True):
             try:
                 return path, self._checked(path)
             except InputError as e:
-                print(f"{self.stage.name}: {e}; it is left out", file=sys.stderr)
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                aside = path.with_name(f"damaged-{path.name}-{time.time_ns()}")
+                print(f"{self.stage.name}: {e}; it is not used, and kept as {aside.name}", file=sys.stderr)
+                path.rename(aside)
         return None
 
     def _checked(self, path: Path) -> dict[str, Any]:
@@ -146,8 +144,8 @@ class Saves:
         about = read_json(path / ABOUT)
         if not isinstance(about, dict) or about.pop("check", None) != _digest(about):
             raise InputError(f"{path / ABOUT}: damaged, or not the description of a save")
-        if about["key"] != self.key:
-            raise InputError(f"{path}: made with other flags or inputs")
+        if differences := Recipe(about["flags"], about["inputs"]).differences(self.stage.recipe):
+            raise InputError(f"{path}: made with other flags or inputs ({'; '.join(differences)})")
         hashes = {file.name: sha256(file) for file in path.glob("*.safetensors")}
         if hashes != about["sha256"]:
             raise InputError(f"{path}: its content is damaged (another hash)")

@@ -17,6 +17,7 @@ from mpo.runtime.errors import Interrupted
 LAUNCHED = "MPO_LAUNCHED"  # in the environment of launched processes: the file in which the launcher records signals
 SILENT = 128 + signal.SIGTERM  # exit status of a process that ends for another's death, and says nothing
 _deferring, _received = False, 0
+_next = ""  # what the same command would do next, once a stage has started
 
 
 def install() -> None:
@@ -43,10 +44,16 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     if _received or not _deferring:
         if not from_outside:
             os._exit(SILENT)
-        raise Interrupted(number)
+        raise Interrupted(number, _next)
     _received = number
     if from_outside and distributed.is_main():
         os.write(2, b"\nstopping after this step, which will be saved; the same signal again stops at once\n")
+
+
+def promise(what: str) -> None:
+    """Set what the message of a later interruption says that the same command does."""
+    global _next
+    _next = f"; the same command {what}"
 
 
 def defer(on: bool) -> None:

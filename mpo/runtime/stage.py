@@ -1,9 +1,14 @@
-"""A stage's folder, and the manifest that records what the stage did."""
+"""A stage's folder: what may be written into it, what is written, and when the stage counts as finished.
+
+Work is kept. A finished stage that was made from the same flags and inputs is not repeated. One that was made from
+others, or an unfinished one with saves, is only replaced on a word: --overwrite true, or REDO=1 for make.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import resource
 import shutil
@@ -14,22 +19,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpo.runtime import distributed
-from mpo.runtime.errors import InputError, RunError
-from mpo.runtime.files import finite, read_json, sha256, write_bytes, write_json
+from mpo.runtime import distributed, signals
+from mpo.runtime.errors import InputError, RunError, UpToDate
+from mpo.runtime.files import finite, read_json, write_bytes, write_json
+from mpo.runtime.lock import Lock
+from mpo.runtime.manifest import (
+    FLAGS,
+    MANIFEST,
+    METRICS,
+    SAVES,
+    Hashes,
+    Recipe,
+    changed_files,
+    check_manifest,
+    hash_tree,
+    is_stage,
+    read_manifest,
+    recorded,
+)
 
-NOT_HASHED = {"manifest.json", "metrics.jsonl"}
-SAVES = "saves"  # subfolder with the saves of an unfinished stage (saves.py)
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
-
-
-def hash_tree(path: Path) -> dict[str, str]:
-    """SHA-256 of a file, or of every file in a folder except the logs and the manifest itself."""
-    if path.is_file():
-        return {path.name: sha256(path)}
-    files = (p for p in path.rglob("*") if p.is_file() and p.name not in NOT_HASHED)
-    names = sorted((p.relative_to(path), p) for p in files)
-    return {str(name): sha256(p) for name, p in names if name.parts[0] != SAVES and not p.name.endswith(".partial")}
+ABOUT = "about.json"  # in a save: what it holds, and what it was made from (saves.py)
+THE_WORD = "REDO=1 (without make: --overwrite true)"
 
 
 def peak_memory_mb() -> float:
@@ -47,55 +58,118 @@ class Stage:
     """A stage's output folder: stage.json (its flags) is written first, then metrics.jsonl, manifest.json last."""
 
     def __init__(self, config: Any, inputs: Mapping[str, str], out: str, overwrite: bool):
-        """Open the folder.
+        """Open the folder, for this process alone.
 
         Args:
             config: the stage's flags.
             inputs: the files and folders that this stage reads, by flag.
             out: the folder.
-            overwrite: replace a finished stage.
+            overwrite: the word that gives up what is there, if it was made with other flags or inputs.
 
         Raises:
-            InputError: an input is missing or is not what its manifest says, or `out` holds a finished stage.
+            InputError: an input is missing or is not what its manifest says; or `out` is no stage's folder, another
+                process works on it, or it holds a stage or saves with other flags or inputs.
+            UpToDate: the stage is finished, with these flags and inputs.
         """
         self.out, self.name = Path(out), Path(out).name
-        self.manifest = self.out / "manifest.json"
+        self.manifest = self.out / MANIFEST
         self.config, self.inputs = config, dict(inputs)
         self.started, self.earlier = time.time(), 0.0  # earlier: seconds before it was interrupted
+        self.lock: Lock | None = None  # the main process has it
         self.input_hashes = distributed.from_main(lambda: self._open(overwrite))
 
-    def _open(self, overwrite: bool) -> dict[str, dict[str, str]]:
-        """Check the inputs, and mark the folder as unfinished; returns the inputs' hashes."""
+    @property
+    def recipe(self) -> Recipe:
+        """What the result of this stage follows from."""
+        return Recipe.of(asdict(self.config), self.input_hashes)
+
+    def _open(self, overwrite: bool) -> dict[str, Hashes]:
+        """Check inputs and folder, and mark the folder as unfinished; returns the inputs' hashes."""
         for name, path in self.inputs.items():
             if not Path(path).exists():
                 raise InputError(f"--{name} {path}: no such file or folder; has the stage that writes it run?")
-        if self.manifest.exists() and not overwrite:
-            raise InputError(f"--out {self.out}: holds a finished stage; name another folder or pass --overwrite true")
-        hashes = {name: hash_tree(Path(path)) for name, path in self.inputs.items()}
-        for name, path in self.inputs.items():
-            check_manifest(Path(path), hashes[name])
-            hashes[name].pop("stage.json", None)  # an input is its content, not how it was made
-        self._empty()
-        return hashes
-
-    def _empty(self) -> None:
-        """Make the folder, and remove from it what a finished run left."""
         try:
-            if self.out.is_symlink():
-                self.out.unlink()  # it belongs to another run (make FROM=...) and is never written to
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.manifest.unlink(missing_ok=True)
-            for partial in list(self.out.rglob(".*.partial")):  # left by a write that was killed
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
-            if not (self.out / SAVES).is_dir():
-                self.forget(0)
+            self._claim()
+            self.input_hashes = {name: hash_tree(Path(path)) for name, path in self.inputs.items()}
+            for name, path in self.inputs.items():
+                check_manifest(Path(path), self.input_hashes[name])
+                self.input_hashes[name].pop(FLAGS, None)  # an input is its content, not how it was made
+            self._keep_or_give_up(overwrite)
+            self._empty()
         except OSError as e:
             raise RunError(f"--out {self.out}: cannot be written ({e.strerror})") from None
-        write_json(self.out / "stage.json", asdict(self.config))  # the name config.json is the model's
+        return self.input_hashes
+
+    def _claim(self) -> None:
+        """Make the folder if it is not there, and lock it. Raises InputError for a folder that is not a stage's."""
+        if self.out.is_symlink() and not self.out.exists():
+            raise InputError(f"--out {self.out}: is a link to {os.readlink(self.out)}, which is not there")
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"--out {self.out}: is not a folder")
+        if self._belongs_to_another_run():
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not is_stage(self.out) and any(not p.name.startswith(".") for p in self.out.iterdir()):
+            raise InputError(f"--out {self.out}: holds files that no stage has written; name another folder")
+        self.lock = Lock(self.out)
+
+    def _belongs_to_another_run(self) -> bool:
+        """Whether the folder is a link to a finished stage (make FROM=...), which is never written to."""
+        return self.out.is_symlink() and self.manifest.exists()
+
+    def _keep_or_give_up(self, overwrite: bool) -> None:
+        """Decide about what the folder holds already.
+
+        Raises UpToDate where this stage is finished, and InputError, without the word, where work would be lost.
+        """
+        if self.manifest.exists():
+            manifest = read_manifest(self.manifest)
+            reasons = recorded(manifest).differences(self.recipe)
+            if not reasons:
+                reasons = [f"its {fault}" for fault in changed_files(manifest["outputs"], hash_tree(self.out))]
+            if not reasons:
+                os.utime(self.manifest)  # so that make, too, takes it for newer than its inputs
+                raise UpToDate(f"{self.out}: is finished, with these flags and inputs")
+            what = "a finished stage"
+        else:
+            what, reasons = "the saves of an unfinished stage", self._saves_differ()
+        if not reasons or self._belongs_to_another_run():
+            return
+        because = "; ".join(reasons)
+        if not overwrite:
+            raise InputError(
+                f"--out {self.out}: holds {what}, but {because}. Go on with the old flags and inputs, take another "
+                f"folder, or give up what is there with {THE_WORD}"
+            )
+        print(f"{self.name}: gives up {what} in {self.out}: {because}")
+        shutil.rmtree(self.out / SAVES, ignore_errors=True)
+
+    def _saves_differ(self) -> list[str]:
+        """How the saves of an unfinished stage differ from this one; nothing where there are none that can be read."""
+        for about in sorted((self.out / SAVES).glob(f"step-*/{ABOUT}"), reverse=True):
+            try:
+                made = read_json(about)
+                return Recipe(dict(made["flags"]), dict(made["inputs"])).differences(self.recipe)
+            except (InputError, KeyError, TypeError, ValueError):
+                continue  # damaged: saves.py says so
+        return []
+
+    def _empty(self) -> None:
+        """Remove from the folder what a finished or interrupted run left, except saves."""
+        if self._belongs_to_another_run():
+            self.out.unlink()
+            self._claim()
+        self.manifest.unlink(missing_ok=True)
+        for partial in list(self.out.rglob(".*.partial")):  # left by a write that was killed
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        if not (self.out / SAVES).is_dir():
+            self.forget(0)
+        write_json(self.out / FLAGS, asdict(self.config))  # the name config.json is the model's
+        signals.promise("begins this stage again")
 
     def forget(self, step: int) -> None:
         """Remove metrics and intermediate models that come from later than the first `step` steps."""
-        metrics = self.out / "metrics.jsonl"
+        metrics = self.out / METRICS
         lines = metrics.read_bytes().splitlines(keepends=True)[:step] if metrics.exists() else []
         if lines:
             write_bytes(metrics, b"".join(lines))
@@ -116,7 +190,7 @@ class Stage:
             return
         line = json.dumps({"step": step, **finite({k: round(float(v), 6) for k, v in metrics.items()})}) + "\n"
         try:
-            with (self.out / "metrics.jsonl").open("a") as f:
+            with (self.out / METRICS).open("a") as f:
                 f.write(line)
         except OSError as e:
             raise RunError(f"{self.out / 'metrics.jsonl'}: cannot be written ({e.strerror})") from None
@@ -142,39 +216,5 @@ class Stage:
             },
         )
         shutil.rmtree(self.out / SAVES, ignore_errors=True)
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """A stage's manifest. Raises InputError where the file is not one."""
-    content = read_json(path)
-    needed = {"config": dict, "inputs": dict, "outputs": dict, "results": dict}
-    good = isinstance(content, dict) and all(isinstance(content.get(k), kind) for k, kind in needed.items())
-    if good:
-        of = list(content["inputs"].values())
-        good = all(isinstance(x, dict) and isinstance(x.get("sha256"), dict) for x in of)
-        good = good and all(isinstance(x.get("path"), str) and "\0" not in x["path"] for x in of)
-    if not good:
-        raise InputError(f"{path}: not a stage's manifest; delete {path.parent} and run its stage again")
-    result: dict[str, Any] = content
-    return result
-
-
-def check_manifest(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Check a stage's folder against its manifest; a folder without one is accepted as it is.
-
-    Raises InputError naming the first file that differs.
-    """
-    manifest = (folder if folder.is_dir() else folder.parent) / "manifest.json"
-    if not manifest.is_file():
-        return
-    outputs = read_manifest(manifest)["outputs"]
-    for name, digest in hashes.items():
-        if name in outputs and outputs[name] != digest:
-            raise InputError(
-                f"{manifest.parent / name}: changed since its stage finished (manifest.json has another hash); "
-                f"delete {manifest.parent} and run its stage again"
-            )
-    if folder.is_dir() and (gone := sorted(outputs.keys() - hashes.keys())):
-        raise InputError(
-            f"{folder / gone[0]}: is gone since its stage finished; delete {folder} and run its stage again"
-        )
+        if self.lock:
+            self.lock.release()

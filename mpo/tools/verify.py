@@ -14,9 +14,19 @@ from typing import Any
 
 from mpo.runtime.entry import one_argument, run_plain
 from mpo.runtime.errors import InputError
-from mpo.runtime.files import sha256
+from mpo.runtime.files import read_json, sha256
+from mpo.runtime.manifest import (
+    FLAGS,
+    MANIFEST,
+    SAVES,
+    Recipe,
+    changed_files,
+    hash_tree,
+    is_stage,
+    read_manifest,
+    recorded,
+)
 from mpo.runtime.output import table
-from mpo.runtime.stage import SAVES, hash_tree, read_manifest
 
 
 @dataclass
@@ -36,11 +46,14 @@ class StageCheck:
         return "damaged" if self.faults else "stale" if self.stale else "good"
 
 
-def check_outputs(folder: Path, outputs: dict[str, str]) -> list[str]:
-    """The files of a stage that differ from its manifest or are missing, each as a phrase."""
-    now = hash_tree(folder)
-    changed = [f"{name} has a different hash" for name in outputs.keys() & now.keys() if outputs[name] != now[name]]
-    return sorted(changed + [f"{name} is missing" for name in outputs.keys() - now.keys()])
+def check_flags(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """How stage.json, written first, differs from the flags in manifest.json, written last, as at most one phrase."""
+    first = read_json(folder / FLAGS)
+    if not isinstance(first, dict):
+        return [f"{FLAGS} does not hold flags"]
+    flags, last = Recipe.of(first, manifest["inputs"]).flags, recorded(manifest).flags
+    differ = sorted(name for name in flags.keys() | last.keys() if flags.get(name) != last.get(name))
+    return [f"{FLAGS} and {MANIFEST} are of different runs: --{', --'.join(differ)}"] if differ else []
 
 
 def check_input(name: str, path: Path, recorded: dict[str, str]) -> list[str]:
@@ -76,12 +89,13 @@ def look_at(folder: Path, stages: dict[Path, str]) -> StageCheck:
 
     Raises InputError for a malformed manifest.
     """
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not path.exists():
         saved = len(list((folder / SAVES).glob("step-*")))
         return StageCheck({}, [f"no manifest; {saved} saves to resume from"])
     manifest = read_manifest(path)
-    check = StageCheck(manifest, check_outputs(folder, manifest["outputs"]))
+    check = StageCheck(manifest, changed_files(manifest["outputs"], hash_tree(folder)))
+    check.faults += check_flags(folder, manifest)
     for name, of in manifest["inputs"].items():
         where = current(Path(of["path"]), folder.parent)
         check.stale += check_input(name, where, of["sha256"])
@@ -108,7 +122,7 @@ def verify(run: Path) -> dict[str, StageCheck]:
 
     Raises InputError for a folder without stages, and for manifests that are malformed or form a circle.
     """
-    folders = sorted(p for p in run.glob("*") if (p / "stage.json").exists())
+    folders = sorted(p for p in run.glob("*") if is_stage(p))
     if not folders:
         raise InputError(f"{run}: contains no stage")
     by_path = {p.resolve(): p.name for p in folders}

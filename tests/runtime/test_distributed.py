@@ -103,7 +103,7 @@ def test_a_process_that_dies_ends_the_job_with_one_line_and_the_run_can_be_conti
     stderr = run_processes(2, script_with_hook(tmp_path, script, body), *flags, expect=1).stderr.splitlines()
     messages = [line for line in stderr if "it/s" not in line and line.strip()]  # without progress bars
     assert messages == [
-        "launch.py: stopped: process 1 of 2 was killed (SIGKILL); the same command goes on from the last save"
+        "launch.py: stopped: process 1 of 2 was killed (SIGKILL); the same command goes on from the last save, if any"
     ]
     assert "going on after step 5" in run_processes(2, script, *flags).stdout
 
@@ -128,12 +128,34 @@ def test_processes_exit_without_shutting_the_interpreter_down(tmp_path):
     assert [line for line in printed if not line.startswith("[Gloo]")] == ["done"]  # older versions print connections
 
 
-KILLED = "launch.py: stopped: process 1 of 2 was killed (SIGABRT); the same command goes on from the last save"
+KILLED = "launch.py: stopped: process 1 of 2 was killed (SIGABRT); the same command goes on from the last save, if any"
 LOADING = "while True: time.sleep(0.01)"
 TRAINING = """signals.defer(True)
         while not signals.received():
             time.sleep(0.01)
         os._exit(signals.SILENT)"""
+
+
+JOINING = """
+def refused(*args, **kwargs):
+    raise RuntimeError("Gloo connectFullMesh failed with [...] Connection closed by peer [127.0.0.1]:27342")
+
+def main(argv):
+    if os.environ["RANK"] == "1":
+        os.abort()
+    distributed.dist.init_process_group = refused
+    distributed.start(False)
+
+run_plain(main)
+"""
+
+
+def test_a_process_that_dies_while_another_one_joins_is_named_in_one_line(tmp_path):
+    """The message is gloo's, seen when a process died as soon as it had joined, on a busy machine."""
+    script = tmp_path / "script.py"
+    start, _ = BEGIN.split("def main")
+    script.write_text(start + JOINING)
+    assert run_processes(2, str(script), expect=1).stderr.splitlines() == [KILLED]
 
 
 @pytest.mark.parametrize("survivor", [LOADING, TRAINING], ids=["loading", "training"])

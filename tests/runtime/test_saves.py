@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mpo.runtime.files import read_json, sha256
 from tests.conftest import SMALL
 from tests.support.crashes import PHASES, STAGES
 from tests.support.hooks import WAIT_FOR_SIGNAL, script_with_hook
@@ -46,6 +47,10 @@ def test_a_stage_killed_within_its_writes_ends_with_the_same_bytes(hh_run, tmp_p
     outcome = crashes(hh_run, tmp_path, "dpo")["dpo"]
     assert outcome["same"], (tmp_path / "killed.log").read_text()[-2000:]
     assert outcome["kills"] >= 9
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): sha256(p) for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
 
 
 DPO = ("--steps", 100, "--save_every", 1000, *SMALL)
@@ -94,7 +99,7 @@ def test_a_damaged_save_is_left_out_and_the_one_before_it_is_used(interrupted):
     content[-3] ^= 1
     newest.write_bytes(content)
     done = run_script(*flags)
-    assert "damaged (another hash); it is left out" in done.stderr
+    assert "damaged (another hash); it is not used, and kept as damaged-step-00000006-" in done.stderr
     assert "going on after step 5" in done.stdout
 
 
@@ -104,14 +109,62 @@ def test_a_stage_whose_saves_are_all_truncated_starts_from_the_beginning(interru
     for path in (out / "saves").rglob(pattern):
         os.truncate(path, size)
     done = run_script(*flags)
-    assert done.stderr.count("it is left out") == 2
+    assert done.stderr.count("it is not used") == 2
     assert "going on" not in done.stdout
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 10
 
 
-def test_saves_made_with_other_flags_are_not_used(interrupted):
+def test_a_stage_goes_on_with_flags_that_change_only_rounding(interrupted):
     flags, out = interrupted
-    done = run_script(*flags, "--beta", "0.1")
-    assert done.stderr.count("made with other flags or inputs; it is left out") == 2
+    done = run_script(*flags, "--microbatch", "4", "--threads", "2", "--recompute", "true")
+    assert "going on after step 6" in done.stdout
+    assert read_json(out / "manifest.json")["config"]["microbatch"] == 4
+
+
+def test_saves_made_with_other_flags_are_kept_and_the_flags_that_differ_are_named(interrupted):
+    flags, out = interrupted
+    before = hash_folder(out)
+    done = run_script(*flags, "--beta", "0.1", expect=2)
+    assert done.stderr == (
+        f"train_dpo.py: error: --out {out}: holds the saves of an unfinished stage, but --beta was 0.5 and is now 0.1. "
+        "Go on with the old flags and inputs, take another folder, or give up what is there with REDO=1 (without make: "
+        "--overwrite true)\n"
+    )
+    assert hash_folder(out) == before
+    assert "going on after step 6" in run_script(*flags).stdout
+
+
+def test_saves_made_from_other_rows_are_kept(interrupted, tmp_path):
+    flags, out = interrupted
+    before = hash_folder(out)
+    rows = tmp_path / "rows.jsonl"
+    at = flags.index("--data") + 1
+    rows.write_bytes(b"".join(Path(flags[at]).read_bytes().splitlines(keepends=True)[:-1]))
+    done = run_script(*flags, "--data", rows, expect=2)
+    assert "the content of its input data has changed (pairs.jsonl and 1 more files)" in done.stderr
+    assert hash_folder(out) == before
+
+
+def test_saves_are_given_up_on_a_word(interrupted):
+    flags, out = interrupted
+    done = run_script(*flags, "--beta", "0.1", "--overwrite", "true")
+    assert "gives up the saves of an unfinished stage" in done.stdout
+    assert "--beta was 0.5 and is now 0.1" in done.stdout
+    assert "going on" not in done.stdout
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()]
     assert steps == list(range(10))
+
+
+def test_a_stage_that_is_interrupted_says_what_the_same_command_does(hh_run, tmp_path):
+    """At once, since the second signal does not wait for a save."""
+    out, twice = (
+        tmp_path / "out",
+        "if step == 2: os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGTERM)",
+    )
+    hooked = script_with_hook(tmp_path, "train_dpo.py", twice)
+    _, *flags = dpo_flags(hh_run, out)
+    stopped = run_script(hooked, *flags, expect=128 + signal.SIGTERM)
+    assert stopped.stderr.splitlines()[-1] == "train_dpo.py: interrupted; the same command begins this stage again"
+    flags[flags.index("1000")] = "0"  # a save after every step
+    stopped = run_script(hooked, *flags, expect=128 + signal.SIGTERM)
+    assert stopped.stderr.splitlines()[-1] == "train_dpo.py: interrupted; the same command goes on after step 2"

@@ -76,6 +76,13 @@ def test_a_stage_that_was_made_anew_leaves_the_rest_stale(run):
     assert states(run) == dict.fromkeys(ALL, "good")
 
 
+def test_flags_that_are_not_those_of_the_manifest_are_found(run):
+    flags = read_json(run / "sft" / "stage.json")
+    write_json(run / "sft" / "stage.json", flags | {"seed": 7})
+    assert verify(run)["sft"].state == "damaged"
+    assert "stage.json and manifest.json are of different runs: --seed" in verify(run)["sft"].faults
+
+
 def test_a_run_that_was_moved_is_good(run, tmp_path):
     run.rename(tmp_path / "elsewhere")
     assert states(tmp_path / "elsewhere") == dict.fromkeys(ALL, "good")
