@@ -18,6 +18,7 @@
 #   NPROC     processes of each stage that computes with a model
 #   SHARD     1: split every weight among these processes (FSDP2)
 #   DEVICE    cpu, cuda, cuda:1 or mps; if not set, a GPU where there is one
+#   REDO      1: give up finished stages and saves that were made with other flags or inputs
 #   QUICK     1: a smoke test of a few seconds for each stage; its numbers mean nothing
 #   SFT_FLAGS="--epochs 4": more flags of a stage; so do DATA_FLAGS, TOKENIZER_FLAGS, RM_FLAGS, SPLIT_FLAGS, DPO_FLAGS,
 #   PPO_FLAGS and EVAL_FLAGS, and for one folder alone its name: dpo-all_FLAGS="--beta 0.1"
@@ -33,55 +34,64 @@ RMS      ?= rm
 NPROC    ?= 1
 
 include make/tasks.mk make/flags.mk make/runs.mk make/setup.mk make/experiments.mk make/develop.mk make/help.mk
-.DELETE_ON_ERROR:
 
 # --- the stages ------------------------------------------------------------------------------------
 # Each has its flags, what it needs, and its command. A stage writes manifest.json last: that file stands for the stage.
+# What it needs is gathered in one small file, .made-from/STAGE, which changes when a flag or an input does (make/flags.mk).
 
-done = $(foreach folder,$(1),$(RUN)/$(folder)/manifest.json)
+done      = $(foreach folder,$(1),$(RUN)/$(folder)/manifest.json)
+made_from = $(RUN)/.made-from/$(1)
 
-data_args = --task $(TASK) --data $(DATA) $(call preset,data) $(DATA_FLAGS)
-$(call done,data): $(RUN)/.flags/data $(data_files) | .venv/.ready
+data_args = --task $(TASK) --data $(call as_word,$(DATA)) $(call preset,data) $(DATA_FLAGS)
+$(call done,data): $(call made_from,data) | .venv/.ready
 	$(call stage,prepare_data.py,$(data_args))
 
-tokenizer_args = --model $(MODEL) $(call preset,tokenizer) $(TOKENIZER_FLAGS)
-$(call done,tokenizer): $(RUN)/.flags/tokenizer $(call done,data) $(model_files)
+tokenizer_args = --model $(call as_word,$(MODEL)) $(call preset,tokenizer) $(TOKENIZER_FLAGS)
+$(call made_from,tokenizer): $(call done,data)
+$(call done,tokenizer): $(call made_from,tokenizer)
 	$(call stage,train_tokenizer.py,--data $(RUN)/data $(tokenizer_args))
 
-sft_args = --model $(MODEL) $(call preset,sft) $(precision) $(sft_lora) $(SFT_FLAGS)
-$(call done,sft): $(RUN)/.flags/sft $(call done,data tokenizer) $(model_files)
+sft_args = --model $(call as_word,$(MODEL)) $(call preset,sft) $(precision) $(sft_lora) $(SFT_FLAGS)
+$(call made_from,sft): $(call done,data tokenizer)
+$(call done,sft): $(call made_from,sft)
 	$(call model_stage,train_sft.py,--data $(RUN)/data --tokenizer $(RUN)/tokenizer $(sft_args))
 
 rm_args = $(call preset,rm) $(precision) $(lora) $(RM_FLAGS)
-$(call done,rm): $(RUN)/.flags/rm $(call done,data sft)
+$(call made_from,rm): $(call done,data sft)
+$(call done,rm): $(call made_from,rm)
 	$(call model_stage,train_rm.py,--data $(RUN)/data --model $(RUN)/sft $(rm_args))
 
 # rm-2, rm-3, ...: the same with another seed
-$(call done,$(more_rms)): $(RUN)/%/manifest.json: $(RUN)/.flags/% $(call done,data sft)
+$(more_rms:%=$(call made_from,%)): $(call done,data sft)
+$(call done,$(more_rms)): $(RUN)/%/manifest.json: $(call made_from,%)
 	$(call model_stage,train_rm.py,--data $(RUN)/data --model $(RUN)/sft --seed $(SEED)0$(*:rm-%=%) $($*_args))
 
 split_args = $(ensemble) $(call preset,split) $(precision) $(SPLIT_FLAGS)
-$(call done,split): $(RUN)/.flags/split $(call done,data $(RMS))
+$(call made_from,split): $(call done,data $(RMS))
+$(call done,split): $(call made_from,split)
 	$(call model_stage,split_data.py,--data $(RUN)/data --rm $(RUN)/rm $(split_args))
 
 # A line of the table below adds one of the next two rules. Here $(1) is the folder, $(2) the model, which is the reference
 # too, and $(3) the pairs.
 define dpo_rule
 $(1)_args = --loss $$(LOSS) $$(call preset,dpo) $$(precision) $$(lora) $$(DPO_FLAGS) $$($(1)_FLAGS)
-$(call done,$(1)): $(RUN)/.flags/$(1) $(call done,$(firstword $(subst /, ,$(3))) $(2))
+$(call made_from,$(1)): $(call done,$(firstword $(subst /, ,$(3))) $(2))
+$(call done,$(1)): $(call made_from,$(1))
 	$$(call model_stage,train_dpo.py,--data $(RUN)/$(3) --model $(RUN)/$(2) $$($(1)_args))
 endef
 
 # $(1) is the folder, $(2) the model, $(3) the reference, $(4) the prompts.
 define ppo_rule
 $(1)_args = $$(call preset,ppo) $$(precision) $$(lora) $$(PPO_FLAGS) $$($(1)_FLAGS)
-$(call done,$(1)): $(RUN)/.flags/$(1) $(call done,$(firstword $(subst /, ,$(4))) $(2) $(3) rm)
+$(call made_from,$(1)): $(call done,$(firstword $(subst /, ,$(4))) $(2) $(3) rm)
+$(call done,$(1)): $(call made_from,$(1))
 	$$(call model_stage,train_ppo.py,--prompts $(RUN)/$(4) --model $(RUN)/$(2) --ref $(RUN)/$(3) --rm $(RUN)/rm $$($(1)_args))
 endef
 
 eval_args = --policies $(policies) $(call preset,eval) $(precision) $(EVAL_FLAGS)
-$(call done,eval): $(RUN)/.flags/eval $(call done,data rm split $(POLICIES))
-	$(call model_stage,eval.py,--data $(RUN)/data --rm $(RUN)/rm --split $(RUN)/split $(eval_args))
+$(call made_from,eval): $(call done,data rm split $(POLICIES))
+$(call done,eval): $(call made_from,eval)
+	$(call model_stage,eval.py,$(if $(REDO),,--overwrite true) --data $(RUN)/data --rm $(RUN)/rm --split $(RUN)/split $(eval_args))
 
 # --- the schedules ---------------------------------------------------------------------------------
 # One line for each folder that a policy can be trained in. A new schedule is a new line here;

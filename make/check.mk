@@ -2,11 +2,14 @@
 
 .PHONY: $(goals) FORCE
 
+# Make removes a file that its command was writing when it is interrupted. A manifest appears whole, and stays.
+.PRECIOUS: $(call done,data tokenizer sft rm $(more_rms) split eval $(folders))
+
 # --- names -----------------------------------------------------------------------------------------
 # Make itself accepts any variable, and it would notice a wrong name in POLICIES only after training.
 
 stage_flags := $(addsuffix _FLAGS,DATA TOKENIZER SFT RM SPLIT DPO PPO EVAL $(folders) $(more_rms))
-run_takes   := TASK RUN DATA MODEL SEED LOSS POLICIES RMS FROM LORA BF16 NPROC SHARD DEVICE QUICK $(stage_flags)
+run_takes   := TASK RUN DATA MODEL SEED LOSS POLICIES RMS FROM LORA BF16 NPROC SHARD DEVICE REDO QUICK $(stage_flags)
 any_takes   := KERNELS PYTHON PIP CXX GOMP_SPINCOUNT SHELL
 
 # A goal takes the variables in GOAL_takes if there is such a line, and those of a run otherwise. A make that another
@@ -52,13 +55,13 @@ endif
 # `make -n`, so the word is in a variable.)
 commands = $(MAKE) --dry-run --always-make --no-print-directory python=stage: launch= $(RUN)/$(1)/manifest.json
 
-# make check-mpo: check the flags of everything that mpo needs. Commands that were checked before are in .flags/.checked
-# and are not checked again.
+# make check-mpo: check the flags of everything that mpo needs, also against the flags of finished stages. Commands that
+# were checked since the last stage began are in .made-from/.checked, and are not checked again.
 check-%: .venv/.ready
-	@case '$(NPROC)' in '' | 0 | *[!0-9]*) echo "make: NPROC=$(NPROC): must be a number of processes" >&2; exit 2;; esac
-	@checked=$(RUN)/.flags/.checked; [ $$checked -nt mpo/config.py ] || checked=/dev/null; \
+	@checked=$(RUN)/.made-from/.checked; \
+	for file in mpo/config.py $(RUN)/.made-from/*; do [ $$checked -nt $$file ] || checked=/dev/null; done; \
 	all=$$($(call commands,$*) 2>&1) || { printf '%s\n' "$$all" | tail -n 1 >&2; exit 2; }; \
 	new=$$(printf '%s\n' "$$all" | sed -n 's/^stage: //p' | grep -vxFf $$checked) || exit 0; \
 	printf '%s\n' "$$new" | $(PY) -m mpo.tools.check || exit 2; \
-	mkdir -p $(RUN)/.flags; { cat $$checked; printf '%s\n' "$$new"; } > $(RUN)/.flags/.new; \
-	mv $(RUN)/.flags/.new $(RUN)/.flags/.checked
+	mkdir -p $(RUN)/.made-from; { cat $$checked; printf '%s\n' "$$new"; } > $(RUN)/.made-from/.new; \
+	mv $(RUN)/.made-from/.new $(RUN)/.made-from/.checked

@@ -1,12 +1,37 @@
 # How the variables of the Makefile become the flags of a stage.
 
-# RUN is part of make's file names, which are separated by spaces.
-ifneq ($(words $(subst =, = ,$(RUN))),1)
-$(error RUN=$(RUN): must be one word without an equals sign)
-endif
+# $(call quote,text): one word of the shell, whatever the text contains
+quote = '$(subst ','\'',$(1))'
+
+# The same, left as it is where it needs no quotes
+as_word = $(if $(shell printf %s $(call quote,$(1)) | LC_ALL=C tr -d 'A-Za-z0-9_./-'),$(call quote,$(1)),$(1))
+
+# $(call check,names,pattern,what they must be): stop where the user has given one of these variables a value that does
+# not match the pattern, a regular expression.
+given_by_user = $(foreach name,$(1),$(if $(filter command environment,$(firstword $(origin $(name)))),$(name)))
+not_matching  = $(shell printf '%s\n' $(foreach name,$(1),$(call quote,$(name)=$(value $(name)))) | LC_ALL=C grep -vE $(2))
+check         = $(if $(call given_by_user,$(1)),$(call stop,$(call not_matching,$(call given_by_user,$(1)),$(2)),$(3)))
+stop          = $(if $(1),$(error $(1): must be $(2)))
+
+# RUN and FROM are part of make's own file names, and STAGE of one of the shell's. DATA and MODEL are quoted, but make
+# expands a dollar sign and joins several spaces.
+comma      := ,
+hash       := \#
+plain_name := a name without spaces and other signs that mean something to make or the shell
+syntax      := [:space:]:;&|<>()$$*?"`$(hash)%=~!{}\['"'"'
+$(call check,RUN STAGE,'^[A-Z]+=[^]$(syntax)-][^]$(syntax)]*$$',$(plain_name))
+$(call check,FROM,'^[A-Z]+=[^]$(syntax)]*$$',$(plain_name))
+$(call check,DATA MODEL,'^[A-Z]+=[^[:space:]$$]+( [^[:space:]$$]+)*$$',a name without a dollar sign or two spaces in a row)
+$(call check,SEED,'^[A-Z]+=[0-9]+$$',a number)
+$(call check,NPROC,'^[A-Z]+=[1-9][0-9]*$$',a number of processes)
+$(call check,LORA,'^[A-Z]+=[0-9]*$$',a number)
+$(call check,DEVICE KERNELS,'^[A-Z]+=[a-z0-9:]*$$',a word)
+$(call check,LOSS,'^[A-Z]+=[A-Za-z0-9_:=.+*$(comma)-]+$$',a loss such as sigmoid+0.1*sft)
+$(call check,POLICIES RMS,'^[A-Z]+=[A-Za-z0-9 _.-]*$$',names with spaces between them)
+$(call check,$(filter %_FLAGS,$(.VARIABLES)),'^[A-Za-z0-9_-]+=[^;&|<>`$$]*$$',flags without signs that mean something to the shell)
 
 # A switch is on with 1 and off without a value.
-switches := QUICK BF16 SHARD REDUCED
+switches := QUICK BF16 SHARD REDUCED REDO
 $(foreach name,$(switches),$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)): must be 1, or left out)))
 
 # The two goals hh and tldr set the task.
@@ -29,17 +54,16 @@ endif
 export GOMP_SPINCOUNT ?= 100000
 
 # $(call preset,STAGE): the flags that make/tasks.mk has for this stage
-presets := $(TASK)$(if $(filter builtin,$(DATA)),,_files) $(if $(QUICK),quick)
+presets := $(TASK)$(if $(subst builtin,,$(DATA)),_files) $(if $(QUICK),quick)
 preset   = $(foreach name,$(presets),$($(name)_$(1)))
 
 # SFT of a preset trains all weights even with LORA: an untrained model has nothing that adapters could adapt.
 precision := $(if $(BF16),--precision bf16-mixed)
 lora      := $(if $(LORA),--lora_rank $(LORA))
-sft_lora  := $(if $(wildcard $(MODEL)/config.json),$(lora))
+sft_lora   = $(if $(filter tiny mini small base 1b 7b,$(subst $(space),/,$(MODEL))),,$(lora))
 
 # $(call by_comma,a b c): a,b,c
 by_comma = $(subst $(space),$(comma),$(strip $(1)))
-comma   := ,
 space   := $(subst x,,x x)
 
 policies := $(call by_comma,$(foreach policy,$(POLICIES),$(policy)=$(RUN)/$(policy)))
@@ -47,23 +71,27 @@ ensemble := $(if $(filter-out rm,$(RMS)),--rm $(call by_comma,$(RMS:%=$(RUN)/%))
 more_rms := $(filter rm-%,$(RMS))
 $(foreach rm,$(more_rms),$(eval $(rm)_args = $$(rm_args) $$($(rm)_FLAGS)))
 
-# The files of DATA and MODEL that a stage reads: it is run again when one of them changes.
-data_files  := $(wildcard $(filter-out builtin,$(DATA)) $(addprefix $(DATA)/,*/*.jsonl */*.gz comparisons/*.json))
-model_files := $(wildcard $(addprefix $(MODEL)/,config.json *.safetensors tokenizer.model tokenizer.json))
-
 # $(call stage,script,flags): the command of a stage. With $(call model_stage,...) the stage may run in several
-# processes. NPROC, SHARD and DEVICE change the result by no more than rounding, so they are not kept in .flags/ and a
-# finished stage is not run again for them.
+# processes. NPROC, SHARD and DEVICE change the result by no more than rounding, so they are not kept in .made-from/ and
+# a finished stage is not run again for them.
 python      = $(if $(KERNELS),MPO_KERNELS=$(KERNELS)) $(PY)
-stage       = $(strip $(python) $(1) --out $(@D) --overwrite true --seed $(SEED) $(2))
+stage       = $(strip $(python) $(1) --out $(@D) $(if $(REDO),--overwrite true) --seed $(SEED) $(2))
 model_stage = $(call stage,$(launch) $(1),$(place) $(2))
 launch      = $(if $(filter-out 1,$(NPROC)),-m mpo.runtime.launch $(NPROC))
 place       = $(if $(SHARD),--shard true) $(if $(DEVICE),--device $(DEVICE))
 
-# The flags of a stage are one of its inputs: this file changes only when they do.
-$(RUN)/.flags/%: FORCE
+# What a stage is made from: its flags, the manifests of the stages before it, and the sizes and times of DATA or MODEL.
+# This file changes only when one of them does. Then the stage's script runs. It compares the hashes of its inputs with
+# those that it read before, and does nothing where neither they nor its flags have changed.
+files_of_data      = $(DATA)
+files_of_tokenizer = $(MODEL)
+files_of_sft       = $(MODEL)
+$(RUN)/.made-from/%: FORCE | .venv/bin/python
 	@mkdir -p $(@D)
-	@echo '--seed $(SEED) $(strip $($*_args))' | cmp -s - $@ || echo '--seed $(SEED) $(strip $($*_args))' > $@
+	@{ printf '%s\n' $(call quote,--seed $(SEED) $(strip $($*_args))); \
+	   $(foreach manifest,$(filter %/manifest.json,$^),cksum < $(manifest);) \
+	   $(if $(files_of_$*),$(PY) make/stamps.py $(call quote,$(files_of_$*));) } > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 # A line of the table in the Makefile adds the rule of its folder. The spaces that align its columns are removed.
 dpo = $(call line,dpo_rule,$(strip $(1)),$(strip $(2)),$(strip $(3)))

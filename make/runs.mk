@@ -11,9 +11,10 @@ endif
 hh tldr:
 	@$(MAKE) --no-print-directory TASK=$@ pipeline
 
+what_runs = $(TASK): data = $(DATA), model = $(MODEL), run folder = $(RUN)$(if $(QUICK), (QUICK: the numbers mean nothing))
 pipeline: check-eval
 	@$(if $(FROM),$(share))
-	@echo "$(TASK): data = $(DATA), model = $(MODEL), run folder = $(RUN)$(if $(QUICK), (QUICK: the numbers mean nothing))"
+	@printf '%s\n' $(call quote,$(what_runs))
 	@$(MAKE) --no-print-directory $(RUN)/eval/manifest.json
 	@$(PY) -m mpo.tools.report $(RUN)
 
@@ -23,9 +24,9 @@ policy-%: check-%
 	@$(MAKE) --no-print-directory $(RUN)/$*/manifest.json
 
 # FROM: link the finished stages of another run and copy their flags. A stage that is run again gets its own folder.
-share = mkdir -p $(RUN)/.flags; for manifest in $(FROM)/*/manifest.json; do \
+share = mkdir -p $(RUN)/.made-from; for manifest in $(FROM)/*/manifest.json; do \
 	    stage=$$(basename $$(dirname $$manifest)); [ -e $(RUN)/$$stage ] || [ $$stage = eval ] || { \
-	    ln -s $$(realpath $(FROM)/$$stage) $(RUN)/$$stage; cp -p $(FROM)/.flags/$$stage $(RUN)/.flags/; }; done
+	    ln -s "$$(realpath $(FROM)/$$stage)" $(RUN)/$$stage; cp -p $(FROM)/.made-from/$$stage $(RUN)/.made-from/; }; done
 
 chat_takes := TASK RUN STAGE
 STAGE      ?= mpo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -38,9 +39,9 @@ def commands(*variables: object) -> list[str]:
 
 
 def resolved(command: str) -> tuple[str, dict[str, object]]:
-    """A command's script, and the value of each of its flags. Make alone passes --overwrite and names the preset."""
+    """A command's script, and the value of each of its flags. Make alone names the preset of the tokenizer's model."""
     script, *flags = (word for word in shlex.split(command) if not word.endswith("python"))
-    values = vars(parse(CONFIGS[script], flags)) | {"overwrite": None}
+    values = vars(parse(CONFIGS[script], flags)) | {"overwrite": None}  # make passes it to eval.py
     return script, values | ({"model": None} if script == "train_tokenizer.py" else {})
 
 
@@ -84,8 +85,10 @@ def test_the_help_names_every_goal_and_every_variable():
         (["policy-revresed"], "policy-revresed: unknown goal; did you mean policy-reversed?"),
         (["hh", "POLICIES=sft mpoo"], "unknown policy mpoo; did you mean mpo?"),
         (["hh", "RMS=rm better"], "RMS=rm better: must be names such as rm, rm-2, rm-3"),
-        (["hh", "RUN=two words"], "RUN=two words: must be one word"),
+        (["hh", "RUN=two words"], "RUN=two words: must be a name without spaces"),
         (["hh", "QUICK=0"], "QUICK=0: must be 1, or left out"),
+        (["hh", "NPROC=two"], "NPROC=two: must be a number of processes"),
+        (["hh", "LORA=yes"], "LORA=yes: must be a number"),
         (["hh", "BF16=yes"], "BF16=yes: must be 1, or left out"),
         (["hh", "FROM=runs/nowhere"], "FROM=runs/nowhere: no finished stage there"),
         (["pipeline", "TASK=foo"], "TASK=foo: must be hh or tldr"),
@@ -126,11 +129,10 @@ def test_the_makes_of_an_experiment_see_its_variables_but_no_unknown_ones():
 @pytest.mark.parametrize(
     ("variable", "message"),
     [
-        ("LORA=yes", "train_rm.py: error: --lora_rank yes: not a whole number"),
+        ("RM_FLAGS=--lora_rank yes", "train_rm.py: error: --lora_rank yes: not a whole number"),
         ("LOSS=sgimoid", "train_dpo.py: error: --loss sgimoid: unknown loss 'sgimoid'; did you mean sigmoid?"),
         ("mpo_FLAGS=--lr fast", "train_ppo.py: error: --lr fast: not a number"),
         ("EVAL_FLAGS=--promts 9", "eval.py: error: unknown flag --promts; did you mean --prompts?"),
-        ("NPROC=two", "make: NPROC=two: must be a number of processes"),
     ],
 )
 def test_a_wrong_flag_of_any_stage_is_refused_before_the_first_one(tmp_path, variable, message):
@@ -144,6 +146,103 @@ def test_a_wrong_flag_of_any_stage_is_refused_before_the_first_one(tmp_path, var
 
 
 @needs_venv
+def test_a_finished_stage_with_other_flags_is_refused_before_the_first_one_unless_redo_is_set(tmp_path):
+    words = ("-o", ".venv/.ready", f"RUN={tmp_path}", "QUICK=1", "DATA=builtin")
+    assert make(*words, "policy-data").returncode == 0
+    stamp = (tmp_path / "data" / "manifest.json").stat().st_mtime_ns
+    changed = "TOKENIZER_FLAGS=--vocab 300", "DATA_FLAGS=--train 200"
+    done = make(*words, "pipeline", *changed)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        f"prepare_data.py: error: --out {tmp_path}/data: holds a finished stage, but --train was 400 and is now 200. "
+    )
+    assert (tmp_path / "data" / "manifest.json").stat().st_mtime_ns == stamp
+    assert not (tmp_path / "tokenizer").exists()
+    done = make(*words, "policy-data", *changed, "REDO=1")
+    assert done.returncode == 0, done.stderr
+    assert "data: 200 training and 40 test pairs" in done.stdout
+
+
+@needs_venv
+def test_a_file_of_data_that_is_replaced_by_an_older_one_is_noticed(tmp_path):
+    rows, words = tmp_path / "my rows.jsonl", ("-o", ".venv/.ready", f"RUN={tmp_path}/run", "policy-data")
+    lines = [{"prompt": f"\n\nHuman: {i}?\n\nAssistant:", "chosen": " yes", "rejected": " no"} for i in range(20)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert make(*words, f"DATA={rows}").returncode == 0
+    assert make(*words, f"DATA={rows}").stdout == ""
+    new = tmp_path / "new"
+    new.write_text(rows.read_text().replace("yes", "Yes"))  # of the same size
+    shutil.copystat(rows, new)
+    new.replace(rows)
+    done = make(*words, f"DATA={rows}")
+    assert done.returncode == 2
+    assert "holds a finished stage, but the content of its input data has changed (my rows.jsonl)" in done.stderr
+    rows.write_text(rows.read_text().replace("Yes", "yes"))  # a new time, the old content
+    done = make(*words, f"DATA={rows}")
+    assert done.stdout.splitlines()[1:] == [f"{tmp_path}/run/data: is finished, with these flags and inputs"]
+    assert make(*words, f"DATA={rows}").stdout == ""
+
+
+@needs_venv
+def test_a_checkout_in_a_folder_with_a_space_shares_the_stages_of_another_run(tmp_path):
+    checkout = tmp_path / "a checkout"
+    (checkout / ".venv").mkdir(parents=True)
+    for path in [*ROOT.glob("[!.]*"), *(ROOT / ".venv").glob("[!.]*")]:
+        (checkout / path.relative_to(ROOT)).symlink_to(path)
+    for name in (".runtime", ".ready"):  # newer than everything, so that nothing is installed
+        (checkout / ".venv" / name).touch()
+    words = ("-o", ".venv/.ready", "policy-data", "QUICK=1", "DATA=builtin")
+    assert make(*words, "RUN=one", cwd=checkout).returncode == 0
+    done = make(*words, "RUN=two", "FROM=one", cwd=checkout)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (checkout / "two" / "data").resolve() == checkout / "one" / "data"
+
+
+NAMES = (
+    "a b",
+    "a  b",
+    "a:b",
+    "a&b",
+    "a;b",
+    "it's",
+    'a"b',
+    "a(b)",
+    "$(shell id)",
+    "`id`",
+    "a|b",
+    "a>b",
+    "a*",
+    "a#b",
+    "a%b",
+)
+NAMES += ("a=b", "-a", "~a", "a\\b", "a[b]", "{a,b}", "a!b", "a?b", "\u00e4", "a,b", "a+b@c")
+
+
+@pytest.mark.parametrize(
+    "variable", ["RUN", "DATA", "MODEL", "FROM", "STAGE", "LOSS", "SEED", "DEVICE", "KERNELS", "RMS"]
+)
+def test_any_name_is_quoted_or_refused_in_one_line(variable):
+    accepted = []
+    for name in NAMES:
+        goal = ("chat",) if variable == "STAGE" else ("-B", "runs/hh/sft/manifest.json")
+        goal = ("-B", "--", f"{name}/sft/manifest.json") if variable == "RUN" else goal
+        done = make("-n", f"{variable}={name}", *goal)
+        if done.returncode:
+            assert f"{variable}={name}: " in done.stderr
+            assert len(done.stderr.splitlines()) == 1
+            continue
+        accepted.append(name)
+        run = [line for line in done.stdout.splitlines() if re.search(r"python \w+\.py ", line)]
+        words = {word for line in run for word in shlex.split(line)}
+        form = {"RUN": f"{name}/sft", "STAGE": f"runs/hh/{name}", "KERNELS": f"MPO_KERNELS={name}"}.get(variable, name)
+        assert form in words or variable in ("LOSS", "RMS", "FROM"), (name, run)
+    quoted = [name for name in NAMES if "$" not in name and "  " not in name]
+    expected = {"DATA": quoted, "MODEL": quoted, "RUN": ["\u00e4", "a,b", "a+b@c"], "STAGE": ["\u00e4", "a,b", "a+b@c"]}
+    assert accepted == expected.get(variable, accepted)
+    assert not {"a&b", "a;b", "a|b", "`id`", "$(shell id)"} & set(accepted) or variable in ("DATA", "MODEL")
+
+
+@needs_venv
 def test_a_stage_prints_the_command_it_runs_and_is_not_run_again(tmp_path):
     words = ("-o", ".venv/.ready", "policy-data", f"RUN={tmp_path}", "QUICK=1", "DATA=builtin")
     done = make(*words)
@@ -151,12 +250,15 @@ def test_a_stage_prints_the_command_it_runs_and_is_not_run_again(tmp_path):
     *_, command, told = done.stdout.splitlines()  # after those of a set-up, if the tree has changed since the last one
     assert command.startswith(f".venv/bin/python prepare_data.py --out {tmp_path}/data ")
     assert told.startswith("data: 400 training and 40 test pairs")
-    manifest, checked = tmp_path / "data" / "manifest.json", tmp_path / ".flags" / ".checked"
+    manifest, checked = tmp_path / "data" / "manifest.json", tmp_path / ".made-from" / ".checked"
+    assert (
+        make(*words).stdout == ""
+    )  # this one still checks the flags again, since a stage has begun after the last check
     stamps = [path.stat().st_mtime_ns for path in (manifest, checked)]
     assert make(*words).stdout == ""
     assert stamps == [path.stat().st_mtime_ns for path in (manifest, checked)]
     again = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert again.stdout.strip() == told
+    assert again.stdout.strip() == f"{tmp_path}/data: is finished, with these flags and inputs"
 
 
 def test_the_commands_on_the_page_are_those_of_make_hh():

@@ -24,6 +24,7 @@ from mpo.runtime.output import note
 
 HEARTBEAT = 5.0  # seconds between two touches of the file
 WATCH = 3  # heartbeats without a touch, after which the owner counts as gone
+PATIENCE = 2.0  # seconds for an owner that has just been killed to be gone
 
 
 class Lock:
@@ -43,16 +44,20 @@ class Lock:
 
     def _open(self) -> int:
         """The locked file. Another process may remove it between opening and locking, so that is checked."""
+        asked = time.monotonic()
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            owner, shared = os.pread(handle, 1000, 0), True
             try:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shared = True
             except OSError as e:
                 if e.errno in (errno.EACCES, errno.EAGAIN):
-                    raise self._refusal(os.pread(handle, 1000, 0)) from None
+                    os.close(handle)
+                    if time.monotonic() > asked + PATIENCE:
+                        raise self._refusal(owner) from None
+                    time.sleep(0.05)
+                    continue
                 shared = False  # this file system has no locks
-            owner = os.pread(handle, 1000, 0)
             if owner and not (shared and _host(owner) in ("", socket.gethostname())):
                 note(f"{self.folder}: a process on {_host(owner)} has been at work here; watching whether it still is")
                 if self._is_alive():

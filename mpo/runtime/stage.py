@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,14 @@ def peak_memory_mb() -> float:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
+
+
+def gives_up(out: str | Path, what: str, reasons: Sequence[str]) -> str:
+    """The message of a stage that would give up work (`what`) which was made with other flags or inputs."""
+    return (
+        f"--out {out}: holds {what}, but {'; '.join(reasons)}. Go on with the old flags and inputs, take another "
+        f"folder (RUN), or give up what is there with {THE_WORD}"
+    )
 
 
 class Stage:
@@ -135,13 +143,9 @@ class Stage:
             what, reasons = "the saves of an unfinished stage", self._saves_differ()
         if not reasons or self._belongs_to_another_run():
             return
-        because = "; ".join(reasons)
         if not overwrite:
-            raise InputError(
-                f"--out {self.out}: holds {what}, but {because}. Go on with the old flags and inputs, take another "
-                f"folder, or give up what is there with {THE_WORD}"
-            )
-        print(f"{self.name}: gives up {what} in {self.out}: {because}")
+            raise InputError(gives_up(self.out, what, reasons))
+        print(f"{self.name}: gives up {what} in {self.out}: {'; '.join(reasons)}")
         shutil.rmtree(self.out / SAVES, ignore_errors=True)
 
     def _saves_differ(self) -> list[str]:

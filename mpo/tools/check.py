@@ -1,7 +1,8 @@
 """Check the flags of several stages before the first one runs: python -m mpo.tools.check < FILE
 
 Each line of the input is a command as it will run later, such as `train_dpo.py --data ... --loss ipo`. The first
-mistake ends the program with the line that the stage itself would print.
+mistake ends the program with the line that the stage itself would print. So does a stage that is finished with other
+flags, before any stage that it was made from is touched.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from mpo import config
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.flags import parse
+from mpo.runtime.manifest import MANIFEST, Recipe, read_manifest, recorded
 from mpo.runtime.setup import setup_torch
+from mpo.runtime.stage import gives_up
 
 CONFIGS: dict[str, type] = {
     "prepare_data.py": config.DataConfig,
@@ -31,8 +35,19 @@ CONFIGS: dict[str, type] = {
 """A stage's script -> its config. Only these scripts are imported."""
 
 
+def other_flags(values: Any) -> list[str]:
+    """How the flags of the finished stage in --out differ from these; nothing where there is none of this run's own."""
+    out = Path(values.out)
+    if values.overwrite or out.is_symlink() or not (out / MANIFEST).is_file():
+        return []
+    manifest = read_manifest(out / MANIFEST)
+    made = recorded(manifest)
+    return made.differences(Recipe(Recipe.of(asdict(values), manifest["inputs"]).flags, made.inputs))
+
+
 def main(argv: list[str]) -> None:
     """Check the commands on standard input. Raises InputError for the first mistake."""
+    otherwise: list[tuple[str, str, list[str]]] = []  # script, folder, differences
     for line in filter(str.strip, sys.stdin):
         script, *flags = shlex.split(line)
         if script not in CONFIGS:
@@ -42,6 +57,12 @@ def main(argv: list[str]) -> None:
         setup_torch(values)  # refuses a device or kernels that are not here
         if check := getattr(importlib.import_module(Path(script).stem), "check", None):
             check(values)
+        if differences := other_flags(values):
+            otherwise.append((script, values.out, differences))
+    if otherwise:
+        (sys.argv[0], out, differences), *others = otherwise
+        more = f" (and so do {', '.join(Path(name).name for _, name, _ in others)})" if others else ""
+        raise InputError(gives_up(out, f"a finished stage{more}", differences))
 
 
 if __name__ == "__main__":

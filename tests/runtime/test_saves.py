@@ -127,8 +127,8 @@ def test_saves_made_with_other_flags_are_kept_and_the_flags_that_differ_are_name
     done = run_script(*flags, "--beta", "0.1", expect=2)
     assert done.stderr == (
         f"train_dpo.py: error: --out {out}: holds the saves of an unfinished stage, but --beta was 0.5 and is now 0.1. "
-        "Go on with the old flags and inputs, take another folder, or give up what is there with REDO=1 (without make: "
-        "--overwrite true)\n"
+        "Go on with the old flags and inputs, take another folder (RUN), or give up what is there with REDO=1 (without "
+        "make: --overwrite true)\n"
     )
     assert hash_folder(out) == before
     assert "going on after step 6" in run_script(*flags).stdout

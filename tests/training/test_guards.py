@@ -154,10 +154,10 @@ def test_an_input_that_differs_from_its_manifest_is_refused(hh_run, tmp_path):
     (sft / "model.safetensors").write_bytes(content)
     flags = ("--data", hh_run / "split" / "pairs.jsonl", "--model", sft, "--out", tmp_path / "dpo")
     done = run_script("train_dpo.py", *flags, expect=2)
-    assert f"{sft}/model.safetensors: changed since its stage finished" in done.stderr
+    assert f"{sft}: model.safetensors has a different hash: it was changed after its stage had finished" in done.stderr
     (sft / "model.safetensors").unlink()
     done = run_script("train_dpo.py", *flags, expect=2)
-    assert f"{sft}/model.safetensors: is gone since its stage finished" in done.stderr
+    assert f"{sft}: model.safetensors is missing: it was changed after its stage had finished" in done.stderr
 
 
 def test_a_metric_of_nan_is_logged_as_null(tmp_path):
