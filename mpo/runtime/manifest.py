@@ -49,7 +49,7 @@ class Recipe:
         for name in dict.fromkeys([*self.inputs, *now.inputs]):
             old, new = self.inputs.get(name), now.inputs.get(name)
             if old is None or new is None:
-                phrases.append(f"{name} was {'not ' if old is None else ''}among its inputs")
+                phrases.append(f"its input {name} is {'new' if old is None else 'left out'}")
             elif old != new:
                 changed = sorted(f for f in old.keys() | new.keys() if old.get(f) != new.get(f))
                 more = f" and {len(changed) - 1} more files" if len(changed) > 1 else ""

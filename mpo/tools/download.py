@@ -75,10 +75,13 @@ def check(file: File, content: Path) -> str:
 def fetch(file: File, folder: Path, base: str) -> None:
     """Download one file from the address `base`, unless the folder has it already. Continues an earlier download.
 
-    Raises InputError where the network cannot be reached, saying what to do, and where the content is wrong.
+    Raises InputError where the network cannot be reached, saying what to do, where the content is wrong, and where another
+    file has the same name.
     """
     target = folder / file.path
-    if target.exists() and not check(file, target):
+    if target.exists():
+        if wrong := check(file, target):
+            raise InputError(f"{target}: is not the official file ({wrong}); move it to another place first")
         return
     partial = target.with_name(target.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)

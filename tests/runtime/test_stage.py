@@ -92,6 +92,14 @@ def test_an_input_with_another_content_is_noticed_whatever_its_time(finished, tm
         open_stage(tmp_path, inputs={"data": str(file)})
 
 
+def test_an_input_more_or_less_is_a_difference(finished, tmp_path):
+    file = str(tmp_path / "in.txt")
+    with pytest.raises(InputError, match="but its input ref is new"):
+        open_stage(tmp_path, inputs={"data": file, "ref": file})
+    with pytest.raises(InputError, match="but its input data is left out"):
+        open_stage(tmp_path)
+
+
 def test_a_finished_stage_that_was_changed_by_hand_is_not_replaced_without_the_word(finished, tmp_path):
     (finished / "result.json").write_text("[2]")
     with pytest.raises(InputError, match=r"its result\.json has a different hash"):

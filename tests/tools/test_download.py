@@ -70,6 +70,16 @@ def test_wrong_content_never_gets_the_name(server, tmp_path, content):
     assert list((tmp_path / "base").iterdir()) == []
 
 
+def test_another_file_of_that_name_is_kept(server, tmp_path):
+    mine = tmp_path / FILE.path
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(InputError, match=r"is not the official file \(4 bytes instead of 102400\); move it"):
+        fetch(FILE, tmp_path, server.address)
+    assert mine.read_text() == "mine"
+    assert server.sent == 0
+
+
 def test_no_network_says_what_to_do(tmp_path):
     with pytest.raises(InputError, match=r"no connection .*without a network.*make hh DATA=builtin"):
         fetch(FILE, tmp_path, "http://127.0.0.1:9/")
