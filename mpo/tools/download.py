@@ -75,8 +75,8 @@ def check(file: File, content: Path) -> str:
 def fetch(file: File, folder: Path, base: str) -> None:
     """Download one file from the address `base`, unless the folder has it already. Continues an earlier download.
 
-    Raises InputError where the network cannot be reached, saying what to do, where the content is wrong, and where another
-    file has the same name.
+    Raises InputError where the network cannot be reached, saying what to do, where the content is wrong, and where
+    another file has the same name.
     """
     target = folder / file.path
     if target.exists():
