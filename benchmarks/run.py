@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import workload
 from experiments.grid import ROOT, commit, machine
+from mpo.config import Few, Size
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_json, write_text
@@ -76,8 +77,8 @@ THEIRS = ("trl", "cut-cross-entropy")  # ways that run in the peers' environment
 class BenchConfig:
     """Measure this project and its peers side by side."""
 
-    repeats: int = 7  # turns that count; one more goes before them
-    threads: int = 0  # threads of each process; 0: one per core
+    repeats: Size = 7  # turns that count; one more goes before them
+    threads: Few = 0  # threads of each process; 0: one per core
     only: str = ""  # measure only the rows whose name contains this, and keep the others
     out: str = "benchmarks/bench.json"  # every number measured
     page: str = "docs/benchmarks.md"  # the tables

@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.run import hold, python_of, write_page
 from experiments import figures
 from experiments.grid import ROOT, commit, machine
+from mpo.config import Few, Size
 from mpo.runtime.entry import run_plain
 from mpo.runtime.files import read_json, write_json
 from mpo.runtime.flags import parse
@@ -39,8 +40,8 @@ WAYS: dict[str, tuple[list[str], dict[str, str]]] = {  # command, and what it ha
 class ScalingConfig:
     """Measure what is missing, and draw the figure."""
 
-    repeats: int = 3  # turns that count; one more goes before them
-    threads: int = 0  # threads of each process; 0: one per core
+    repeats: Size = 3  # turns that count; one more goes before them
+    threads: Few = 0  # threads of each process; 0: one per core
     again: bool = False  # measure again what has been measured already
     out: str = "benchmarks/bench.json"  # where the numbers are kept
     figure: str = "docs/figures/scaling.png"  # where the figure goes

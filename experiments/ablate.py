@@ -19,6 +19,7 @@ import numpy as np
 from experiments import figures
 from experiments.grid import Cell, make, read_results, run_cells
 from experiments.statistics import column, contrast, difference, hierarchical_bootstrap, win
+from mpo.config import Few, Size
 from mpo.ppo.equations import CRITIC_FREE
 from mpo.preference.losses import PREFERENCE_LOSSES
 from mpo.runtime.entry import run_plain
@@ -92,8 +93,8 @@ class AblateConfig:
     task: Literal["hh", "tldr"] = "hh"  # which built-in world
     seeds: str = "1,2,3"  # separated by commas
     make: str = ""  # further make variables for every cell, separated by semicolons: QUICK=1;DPO_FLAGS=--lr 1e-4
-    prompts: int = 400  # held-out prompts of the evaluation
-    jobs: int = 0  # run folders at a time; 0: one for each core
+    prompts: Size = 400  # held-out prompts of the evaluation
+    jobs: Few = 0  # run folders at a time; 0: one for each core
     out: str = "runs/ablate"  # folder for runs, rows, table and figure
 
 

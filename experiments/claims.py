@@ -17,6 +17,7 @@ from itertools import groupby, product
 from experiments import page
 from experiments.grid import ROOT, Cell, make, read_results, run_cells
 from experiments.study import FIRST_STAGE, FULL, GRIDS, REDUCED, TRIALS, TUNED, Study
+from mpo.config import Few
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_json
@@ -31,7 +32,7 @@ class ClaimsConfig:
 
     grids: str = ",".join(STEPS)  # what to run, separated by commas
     reduced: bool = False  # toy size: minutes, meaningless numbers
-    jobs: int = 0  # run folders at a time; 0: one for each core
+    jobs: Few = 0  # run folders at a time; 0: one for each core
 
 
 def tuning_cells(study: Study, task: str, method: str, settings: dict[str, str]) -> Iterator[Cell]:
