@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks import workload
 from experiments.grid import ROOT, commit, machine
 from mpo.config import Few, Size
+from mpo.runtime.cores import cores
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_json, write_text
@@ -256,7 +257,7 @@ def write_page(path: Path, bench: Mapping[str, Any]) -> None:
 
 def main(config: BenchConfig) -> None:
     """Measure the rows that are asked for, one after another, then write bench.json and the page."""
-    threads = config.threads or os.cpu_count() or 1
+    threads = config.threads or cores()
     before: Row = read_json(Path(config.out)) if Path(config.out).exists() else {}
     rows = {r["name"]: r for r in before.get("rows", []) if config.only}
     head_rows = {r["name"]: r for r in before.get("heads", []) if config.only}

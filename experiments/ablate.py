@@ -7,7 +7,6 @@ make ablate VARY=PPO_FLAGS VALUES="--clip 0.1,--clip 0.3" POLICY=mpo    the valu
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from experiments.statistics import column, contrast, difference, hierarchical_bo
 from mpo.config import Few, Size
 from mpo.ppo.equations import CRITIC_FREE
 from mpo.preference.losses import PREFERENCE_LOSSES
+from mpo.runtime.cores import cores
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_text
@@ -178,7 +178,7 @@ def main(config: AblateConfig) -> int:
     grid, _, variants = variants_of(config)
     results = Path(config.out) / f"{grid}-{config.task}.jsonl"
     shared_stages(cells, common_variables(config.make))
-    failed = run_cells(cells, results, config.jobs or os.cpu_count() or 1)
+    failed = run_cells(cells, results, config.jobs or cores())
     keys = {cell.key for cell in cells}
     rows = [r for r in read_results(results) if (r["grid"], r["task"], r["seed"], r["variant"], r["policy"]) in keys]
     if rows:

@@ -7,7 +7,6 @@ python -m experiments.claims --reduced true     everything at toy size, in minut
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from experiments import page
 from experiments.grid import ROOT, Cell, make, read_results, run_cells
 from experiments.study import FIRST_STAGE, FULL, GRIDS, REDUCED, TRIALS, TUNED, Study
 from mpo.config import Few
+from mpo.runtime.cores import cores
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_json
@@ -111,7 +111,7 @@ def main(config: ClaimsConfig) -> int:
     if unknown := set(named) - set(STEPS):
         raise InputError(f"--grids {config.grids}: {sorted(unknown)[0]!r} is not one of {', '.join(STEPS)}")
     study = REDUCED if config.reduced else FULL
-    jobs = config.jobs or os.cpu_count() or 1
+    jobs = config.jobs or cores()
     failed = 0
     for grid in (g for g in STEPS if g in named):
         if grid == "tune":

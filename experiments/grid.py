@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.data.rows import read_jsonl
+from mpo.runtime.cores import cores
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json
 
@@ -207,4 +208,4 @@ def machine() -> str:
         name, flags = fields.get("model name", name), fields.get("flags", "").split()
         known = {"avx512_bf16": "AVX-512 with BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
         widest = next((f" ({text})" for flag, text in known.items() if flag in flags), "")
-    return f"{name}{widest}, {os.cpu_count()} cores"
+    return f"{name}{widest}, {cores()} cores"

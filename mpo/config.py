@@ -52,7 +52,7 @@ class Common:
     out: str  # the folder that this stage writes
     seed: Count = 1  # every random choice is keyed by (seed, purpose, step)
     overwrite: bool = False  # replace a finished stage in --out
-    threads: Few = 0  # CPU threads; 0: OMP_NUM_THREADS where that is set, else one per core
+    threads: Few = 0  # CPU threads; 0: OMP_NUM_THREADS where that is set, else one per core it may use
 
 
 @dataclass(frozen=True, kw_only=True)
