@@ -80,10 +80,12 @@ def command(folder: Path, stage: str, microbatch: int) -> list[str]:
 def measure(folder: Path, stage: str, microbatch: int, *more: str) -> tuple[float, float]:
     """The memory that a stage plans, and its measured peak, in MB."""
     asked = [*command(folder, stage, microbatch), *more]
-    said = subprocess.run([*asked, "--plan", "true"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [*asked, "--plan", "true"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+    ).stdout
     planned = float(re.findall(r"total +([\d,]+) MB", said)[0].replace(",", ""))
-    subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
-    manifest: dict[str, Any] = json.loads((folder / stage / "manifest.json").read_text())
+    subprocess.run(asked, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    manifest: dict[str, Any] = json.loads((folder / stage / "manifest.json").read_text(encoding="utf-8"))
     return planned, manifest["peak_memory_mb"]
 
 

@@ -90,14 +90,14 @@ class Worker:
 
     def __init__(self, command: Sequence[str], threads: int, more: Mapping[str, str] | None = None):
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(more or {})
-        self.words = tempfile.TemporaryFile("w+")  # its stderr  # noqa: SIM115
+        self.words = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # its stderr  # noqa: SIM115
         self.command = [*command, str(threads)]
         self.process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.words,
-            text=True,
+            encoding="utf-8",
             cwd=ROOT,
             env=environment,
         )
@@ -223,7 +223,7 @@ def second_table(rows: Sequence[Row]) -> str:
 def profile(case: str, threads: int) -> Row:
     """The seconds that each compiled function takes of a step of this project (breakdown.py)."""
     command = [sys.executable, "-m", "benchmarks.breakdown", case, str(threads)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
     result: Row = json.loads(done.stderr.splitlines()[-1])  # turns.py sends everything but its own lines to stderr
     return result
 

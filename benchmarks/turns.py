@@ -14,7 +14,9 @@ import sys
 import time
 from collections.abc import Callable
 
-_out = os.fdopen(os.dup(1), "w")  # for the protocol; what libraries print to stdout goes to stderr from now on
+_out = os.fdopen(
+    os.dup(1), "w", encoding="utf-8"
+)  # for the protocol; what libraries print to stdout goes to stderr from now on
 os.dup2(2, 1)
 
 

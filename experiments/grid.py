@@ -193,7 +193,7 @@ def _call(command: Iterable[str], log: Path) -> None:
 
 def commit() -> str:
     """The commit that is checked out, with "+" if the code differs from it; "" outside a repository."""
-    head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, encoding="utf-8")
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py", "*.mk", "Makefile"], cwd=ROOT)
     return head.stdout.strip() + ("+" if changed.returncode == 1 else "") if head.returncode == 0 else ""
 
@@ -203,7 +203,11 @@ def machine() -> str:
     name, widest = platform.processor() or platform.machine(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        fields = dict(
+            line.split(":", 1)
+            for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+            if ":" in line
+        )
         fields = {k.strip(): v.strip() for k, v in fields.items()}
         name, flags = fields.get("model name", name), fields.get("flags", "").split()
         known = {"avx512_bf16": "AVX-512 with BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
