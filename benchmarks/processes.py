@@ -16,6 +16,8 @@ from pathlib import Path
 from benchmarks.plans import PROMPT, RESPONSE, ROOT, write_inputs
 from experiments.grid import commit, machine
 from mpo.runtime.cores import cores
+from mpo.runtime.entry import run_plain
+from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_between
 from mpo.runtime.output import table
 
@@ -45,8 +47,10 @@ def seconds(folder: Path, way: tuple[int, int, bool], steps: int) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measure, and write the table of the page."""
+    if argv:
+        raise InputError("usage: python -m benchmarks.processes")
     plan = ways(cores())
     rates: dict[str, list[float]] = {name: [] for name in plan}  # tokens a second
     tokens = BATCH * (PROMPT + 2 * RESPONSE) * (LONG - SHORT)
@@ -69,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_plain(main)

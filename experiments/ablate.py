@@ -18,14 +18,14 @@ import numpy as np
 from experiments import figures
 from experiments.grid import Cell, make, read_results, run_cells
 from experiments.statistics import column, contrast, difference, hierarchical_bootstrap, win
-from mpo.config import Few, Size
+from mpo.config import Few, Range, Size
 from mpo.ppo.equations import CRITIC_FREE
 from mpo.preference.losses import PREFERENCE_LOSSES
 from mpo.runtime.cores import cores
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_text
-from mpo.runtime.flags import parse
+from mpo.runtime.flags import parse, read_number
 from mpo.runtime.output import interval, percent, table
 
 Variables = dict[str, str]
@@ -122,12 +122,20 @@ def common_variables(text: str) -> Variables:
     return variables
 
 
+def seeds_of(text: str) -> list[int]:
+    """ "1,2,3" -> [1, 2, 3]. Raises InputError for anything but different whole numbers."""
+    seeds = [int(read_number(f"--seeds {text}: seed", int, Range(0), seed.strip())) for seed in text.split(",")]
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds {text}: a seed is named twice")
+    return seeds
+
+
 def cells_of(config: AblateConfig) -> list[Cell]:
     """All cells, seed by seed. The runs of one seed share every stage that does not differ."""
     grid, policy, variants = variants_of(config)
     common, out = common_variables(config.make), Path(config.out)
     cells = []
-    for seed in map(int, config.seeds.split(",")):
+    for seed in seeds_of(config.seeds):
         base = out / f"{config.task}-{seed}"
         for i, (variant, own) in enumerate(variants.items()):
             variables = common | own

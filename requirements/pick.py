@@ -89,6 +89,8 @@ def main() -> None:
     if purpose == "oldest":
         print(oldest())
         return
+    if purpose not in PURPOSES:
+        sys.exit(f"pick.py: error: {purpose}: expected one of {', '.join(PURPOSES)}, oldest")
     extras = PURPOSES[purpose]
     text = LOCK.read_text(encoding="utf-8")
     packages, cpu, direct = blocks(text), CPU_BUILD.search(text), direct_requirements(extras)
