@@ -15,6 +15,8 @@ from mpo.runtime.errors import InputError
 from mpo.runtime.flags import read_number
 from mpo.runtime.output import note
 
+_told = set[str]()  # the values of OMP_NUM_THREADS about which a note was printed
+
 
 def cores(root: Path = Path("/")) -> int:
     """The number of cores that this process may use, at least 1.
@@ -69,7 +71,9 @@ def threads_asked_for() -> int:
     try:
         return int(read_number("OMP_NUM_THREADS", int, Range(1, 1_000), text.split(",")[0].strip())) if text else 0
     except InputError as e:
-        note(f"{e}; it is ignored (--threads takes one)")
+        if text not in _told:
+            note(f"{e}; it is ignored (--threads takes one)")
+            _told.add(text)
         return 0
 
 
