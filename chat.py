@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from mpo.config import ChatConfig
 from mpo.data.batches import fit_prompt
 from mpo.data.hh import ASSISTANT, HUMAN
@@ -10,6 +12,7 @@ from mpo.data.tokenizer import load_tokenizer
 from mpo.model.checkpoint import load_model
 from mpo.model.generate import Sampling, generate
 from mpo.runtime import device
+from mpo.runtime.cores import threads
 from mpo.runtime.entry import run
 from mpo.runtime.seeding import generator
 
@@ -17,6 +20,7 @@ from mpo.runtime.seeding import generator
 def main(config: ChatConfig) -> None:
     """Answer each line that is typed. With --task hh, the prompt is the dialogue since the last empty line."""
     device.start(config.device)
+    torch.set_num_threads(threads())
     model, tokenizer = load_model(config.model), load_tokenizer(config.model)
     room = model.config.max_position_embeddings - config.max_new
     print(

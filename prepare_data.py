@@ -43,8 +43,8 @@ def without_overlap(splits: dict[str, list[Row]], dropped: Counter[str]) -> dict
 
 def check(config: DataConfig) -> None:
     """Refuse flags that contradict each other."""
-    if not 0 <= config.noise < 1 or (config.noise and config.data != "builtin"):
-        raise InputError(f"--noise {config.noise}: must be a share below 1, and needs the built-in world")
+    if config.noise and config.data != "builtin":
+        raise InputError(f"--noise {config.noise}: needs the built-in world; leave out --data {config.data}")
 
 
 def main(config: DataConfig) -> None:

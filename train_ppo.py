@@ -42,8 +42,9 @@ def check(config: PPOConfig) -> None:
     adapters_of(config, config.model)
     if config.advantage in ("rloo", "grpo", "dr_grpo") and config.group < 2:
         raise InputError(f"--advantage {config.advantage}: compares responses to one prompt; set --group to 2 or more")
-    if config.temperature <= 0:
-        raise InputError(f"--temperature {config.temperature}: must be above 0; PPO learns from varied samples")
+    if config.kl_target and next_kl_coef(1.0, 0.0, config.kl_target, config.kl_horizon, config.batch) <= 0:
+        least = f"a fifth of --batch {config.batch}"  # a rollout then changes the price by less than all of it
+        raise InputError(f"--kl_horizon {config.kl_horizon:g}: must be above {least}, or the price of KL falls below 0")
 
 
 def load_prompts(config: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], dict[str, int]]:

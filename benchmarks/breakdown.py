@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import turns
 from benchmarks.ours import CASES
 from mpo.kernels.cpu import binding
 from mpo.runtime.setup import setup_torch
@@ -50,6 +51,7 @@ def profile(case: str, steps: int = 5) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    setup_torch(SimpleNamespace(threads=int(sys.argv[2])))  # type: ignore[arg-type]
+    case, (threads,) = turns.arguments("python -m benchmarks.breakdown CASE THREADS", cases=CASES)
+    setup_torch(SimpleNamespace(threads=threads))  # type: ignore[arg-type]
     torch.manual_seed(0)
-    print(json.dumps(profile(sys.argv[1])))
+    print(json.dumps(profile(case)))

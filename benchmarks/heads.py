@@ -6,7 +6,6 @@ each way imports the libraries that it needs.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +79,6 @@ def step(case: str, N: int, V: int, D: int) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    name, *sizes, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    turns.serve(step(name, *map(int, sizes)))
+    name, (*sizes, threads) = turns.arguments("python -m benchmarks.heads CASE N V D THREADS", 4)
+    torch.set_num_threads(threads)
+    turns.serve(step(name, *sizes))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -122,6 +121,9 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
 """Name -> a function that loads the case and returns its step. On the command line, NAME-bf16 sets bf16 products."""
 
 if __name__ == "__main__":
-    precision = "bf16-mixed" if sys.argv[1].endswith("-bf16") else "fp32"
-    setup_torch(SimpleNamespace(threads=int(sys.argv[2]), precision=precision))  # type: ignore[arg-type]
-    turns.serve(CASES[sys.argv[1].removesuffix("-bf16")]())
+    case, (threads,) = turns.arguments(
+        "python -m benchmarks.ours CASE THREADS", cases=[*CASES, *(f"{c}-bf16" for c in CASES)]
+    )
+    precision = "bf16-mixed" if case.endswith("-bf16") else "fp32"
+    setup_torch(SimpleNamespace(threads=threads, precision=precision))  # type: ignore[arg-type]
+    turns.serve(CASES[case.removesuffix("-bf16")]())

@@ -170,6 +170,8 @@ def generation() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(int(sys.argv[2]))
+    cases = {"dpo": dpo, "reward": reward, "generate": generation, "ppo": ppo}
+    case, (threads,) = turns.arguments("python benchmarks/peers.py CASE THREADS", cases=cases)
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
-    {"dpo": dpo, "reward": reward, "generate": generation, "ppo": ppo}[sys.argv[1]]()
+    cases[case]()

@@ -23,6 +23,8 @@ from mpo.data.rows import Row, write_rows
 from mpo.data.tokenizer import Tokenizer, train_tokenizer
 from mpo.model.checkpoint import save_model
 from mpo.model.llama import PRESETS, Llama, LlamaConfig, initialise, scalar_from
+from mpo.runtime.entry import run_plain
+from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_between
 from mpo.runtime.seeding import generator
 from mpo.tools.memory import lines, parameters
@@ -81,11 +83,13 @@ def command(folder: Path, stage: str, microbatch: int) -> list[str]:
 def measure(folder: Path, stage: str, microbatch: int, *more: str) -> tuple[float, float]:
     """The memory that a stage plans, and its measured peak, in MB."""
     asked = [*command(folder, stage, microbatch), *more]
-    said = subprocess.run([*asked, "--plan", "true"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [*asked, "--plan", "true"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+    ).stdout
     planned = float(re.findall(r"total +([\d,]+) MB", said)[0].replace(",", ""))
     shutil.rmtree(folder / stage, ignore_errors=True)  # a finished stage would not be run again
-    subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
-    manifest: dict[str, Any] = json.loads((folder / stage / "manifest.json").read_text())
+    subprocess.run(asked, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    manifest: dict[str, Any] = json.loads((folder / stage / "manifest.json").read_text(encoding="utf-8"))
     return planned, manifest["peak_memory_mb"]
 
 
@@ -169,12 +173,15 @@ def plan_table() -> Iterator[str]:
             yield f"| {name} | {parameters(c) / 1e9:,.2f} B | {kind} | {' | '.join(cells)} |"
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Compute the tables that are named on the command line, by default both, and write them to the page."""
-    for mark, table in (("plans", plan_table), ("measured", measured_table)):
-        if mark in (sys.argv[1:] or ("plans", "measured")):
+    tables = {"plans": plan_table, "measured": measured_table}
+    if unknown := set(argv) - tables.keys():
+        raise InputError(f"{min(unknown)}: expected {' or '.join(tables)}")
+    for mark, table in tables.items():
+        if mark in (argv or tables):
             write_between(PAGE, f"<!-- {mark} -->\n", f"<!-- end of {mark} -->", "\n".join(table()) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run_plain(main)

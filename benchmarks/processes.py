@@ -6,7 +6,6 @@ the time to start does not count. The ways take turns, and the table in docs/pro
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +15,9 @@ from pathlib import Path
 
 from benchmarks.plans import PROMPT, RESPONSE, ROOT, write_inputs
 from experiments.grid import commit, machine
+from mpo.runtime.cores import cores
+from mpo.runtime.entry import run_plain
+from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_between
 from mpo.runtime.output import table
 
@@ -45,22 +47,23 @@ def seconds(folder: Path, way: tuple[int, int, bool], steps: int) -> float:
     return time.perf_counter() - began
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measure, and write the table of the page."""
-    cores = os.cpu_count() or 1
-    rates: dict[str, list[float]] = {name: [] for name in ways(cores)}  # tokens a second
+    if argv:
+        raise InputError("usage: python -m benchmarks.processes")
+    plan = ways(cores())
+    rates: dict[str, list[float]] = {name: [] for name in plan}  # tokens a second
     tokens = BATCH * (PROMPT + 2 * RESPONSE) * (LONG - SHORT)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_inputs(folder, SIZE)
         for _ in range(REPEATS):
-            for way, sizes in ways(cores).items():
+            for way, sizes in plan.items():
                 rates[way].append(tokens / (seconds(folder, sizes, LONG) - seconds(folder, sizes, SHORT)))
     medians = {way: statistics.median(values) for way, values in rates.items()}
     alone = medians["1 process, 1 thread"]
     rows = [
-        [way, f"{rate:,.0f}", f"{rate / ways(cores)[way][0]:,.0f}", f"{rate / alone:.2f}"]
-        for way, rate in medians.items()
+        [way, f"{rate:,.0f}", f"{rate / plan[way][0]:,.0f}", f"{rate / alone:.2f}"] for way, rate in medians.items()
     ]
     text = f"DPO steps of the `{SIZE}` preset on full rows, {REPEATS} repeats. "
     text += f"Machine: {machine()}. Commit: {commit()}.\n\n"
@@ -70,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_plain(main)

@@ -15,6 +15,8 @@ from typing import Any
 
 from benchmarks import workload
 from experiments.grid import ROOT, commit, machine
+from mpo.config import Few, Size
+from mpo.runtime.cores import cores
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_json, write_text
@@ -76,8 +78,8 @@ THEIRS = ("trl", "cut-cross-entropy")  # ways that run in the peers' environment
 class BenchConfig:
     """Measure this project and its peers side by side."""
 
-    repeats: int = 7  # turns that count; one more goes before them
-    threads: int = 0  # threads of each process; 0: one per core
+    repeats: Size = 7  # turns that count; one more goes before them
+    threads: Few = 0  # threads of each process; 0: one per core
     only: str = ""  # measure only the rows whose name contains this, and keep the others
     out: str = "benchmarks/bench.json"  # every number measured
     page: str = "docs/benchmarks.md"  # the tables
@@ -88,14 +90,14 @@ class Worker:
 
     def __init__(self, command: Sequence[str], threads: int, more: Mapping[str, str] | None = None):
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | dict(more or {})
-        self.words = tempfile.TemporaryFile("w+")  # its stderr  # noqa: SIM115
+        self.words = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # its stderr  # noqa: SIM115
         self.command = [*command, str(threads)]
         self.process = subprocess.Popen(
             self.command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.words,
-            text=True,
+            encoding="utf-8",
             cwd=ROOT,
             env=environment,
         )
@@ -221,7 +223,7 @@ def second_table(rows: Sequence[Row]) -> str:
 def profile(case: str, threads: int) -> Row:
     """The seconds that each compiled function takes of a step of this project (breakdown.py)."""
     command = [sys.executable, "-m", "benchmarks.breakdown", case, str(threads)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
     result: Row = json.loads(done.stderr.splitlines()[-1])  # turns.py sends everything but its own lines to stderr
     return result
 
@@ -255,7 +257,7 @@ def write_page(path: Path, bench: Mapping[str, Any]) -> None:
 
 def main(config: BenchConfig) -> None:
     """Measure the rows that are asked for, one after another, then write bench.json and the page."""
-    threads = config.threads or os.cpu_count() or 1
+    threads = config.threads or cores()
     before: Row = read_json(Path(config.out)) if Path(config.out).exists() else {}
     rows = {r["name"]: r for r in before.get("rows", []) if config.only}
     head_rows = {r["name"]: r for r in before.get("heads", []) if config.only}

@@ -7,7 +7,6 @@ bench.json, and draws docs/figures/scaling.png.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 from benchmarks.run import hold, python_of, write_page
 from experiments import figures
 from experiments.grid import ROOT, commit, machine
+from mpo.config import Few, Size
+from mpo.runtime.cores import cores
 from mpo.runtime.entry import run_plain
 from mpo.runtime.files import read_json, write_json
 from mpo.runtime.flags import parse
@@ -39,8 +40,8 @@ WAYS: dict[str, tuple[list[str], dict[str, str]]] = {  # command, and what it ha
 class ScalingConfig:
     """Measure what is missing, and draw the figure."""
 
-    repeats: int = 3  # turns that count; one more goes before them
-    threads: int = 0  # threads of each process; 0: one per core
+    repeats: Size = 3  # turns that count; one more goes before them
+    threads: Few = 0  # threads of each process; 0: one per core
     again: bool = False  # measure again what has been measured already
     out: str = "benchmarks/bench.json"  # where the numbers are kept
     figure: str = "docs/figures/scaling.png"  # where the figure goes
@@ -56,7 +57,7 @@ def measure(sizes: dict[str, int], config: ScalingConfig) -> dict[str, Any]:
     results = {}
     for way, (command, more) in WAYS.items():
         environment = {"MPO_BENCH": json.dumps(sizes)} | more
-        row = hold({way: command}, config.repeats, config.threads or os.cpu_count() or 1, environment)[way]
+        row = hold({way: command}, config.repeats, config.threads or cores(), environment)[way]
         results[way] = {"seconds": row["seconds"], "step_mib": row["step_mib"]}
     return results
 

@@ -9,13 +9,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-_out = os.fdopen(os.dup(1), "w")  # for the protocol; what libraries print to stdout goes to stderr from now on
+_out = os.fdopen(
+    os.dup(1), "w", encoding="utf-8"
+)  # for the protocol; what libraries print to stdout goes to stderr from now on
 os.dup2(2, 1)
+
+
+def arguments(usage: str, numbers: int = 1, cases: Collection[str] = ()) -> tuple[str, list[int]]:
+    """The case that the command line names, and the numbers after it. Ends the program for any other arguments."""
+    case, *rest = sys.argv[1:] or [""]
+    if (
+        (cases and case not in cases)
+        or len(rest) != numbers
+        or not all(re.fullmatch("[1-9][0-9]{0,8}", x) for x in rest)
+    ):
+        sys.exit(f"usage: {usage}" + (f"; cases: {', '.join(cases)}" if cases else ""))
+    return case, [int(x) for x in rest]
 
 
 def ready() -> None:

@@ -7,7 +7,6 @@ make ablate VARY=PPO_FLAGS VALUES="--clip 0.1,--clip 0.3" POLICY=mpo    the valu
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +18,14 @@ import numpy as np
 from experiments import figures
 from experiments.grid import Cell, make, read_results, run_cells
 from experiments.statistics import column, contrast, difference, hierarchical_bootstrap, win
+from mpo.config import Few, Range, Size
 from mpo.ppo.equations import CRITIC_FREE
 from mpo.preference.losses import PREFERENCE_LOSSES
+from mpo.runtime.cores import cores
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_text
-from mpo.runtime.flags import parse
+from mpo.runtime.flags import parse, read_number
 from mpo.runtime.output import interval, percent, table
 
 Variables = dict[str, str]
@@ -92,8 +93,8 @@ class AblateConfig:
     task: Literal["hh", "tldr"] = "hh"  # which built-in world
     seeds: str = "1,2,3"  # separated by commas
     make: str = ""  # further make variables for every cell, separated by semicolons: QUICK=1;DPO_FLAGS=--lr 1e-4
-    prompts: int = 400  # held-out prompts of the evaluation
-    jobs: int = 0  # run folders at a time; 0: one for each core
+    prompts: Size = 400  # held-out prompts of the evaluation
+    jobs: Few = 0  # run folders at a time; 0: one for each core
     out: str = "runs/ablate"  # folder for runs, rows, table and figure
 
 
@@ -121,12 +122,20 @@ def common_variables(text: str) -> Variables:
     return variables
 
 
+def seeds_of(text: str) -> list[int]:
+    """ "1,2,3" -> [1, 2, 3]. Raises InputError for anything but different whole numbers."""
+    seeds = [int(read_number(f"--seeds {text}: seed", int, Range(0), seed.strip())) for seed in text.split(",")]
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds {text}: a seed is named twice")
+    return seeds
+
+
 def cells_of(config: AblateConfig) -> list[Cell]:
     """All cells, seed by seed. The runs of one seed share every stage that does not differ."""
     grid, policy, variants = variants_of(config)
     common, out = common_variables(config.make), Path(config.out)
     cells = []
-    for seed in map(int, config.seeds.split(",")):
+    for seed in seeds_of(config.seeds):
         base = out / f"{config.task}-{seed}"
         for i, (variant, own) in enumerate(variants.items()):
             variables = common | own
@@ -177,7 +186,7 @@ def main(config: AblateConfig) -> int:
     grid, _, variants = variants_of(config)
     results = Path(config.out) / f"{grid}-{config.task}.jsonl"
     shared_stages(cells, common_variables(config.make))
-    failed = run_cells(cells, results, config.jobs or os.cpu_count() or 1)
+    failed = run_cells(cells, results, config.jobs or cores())
     keys = {cell.key for cell in cells}
     rows = [r for r in read_results(results) if (r["grid"], r["task"], r["seed"], r["variant"], r["policy"]) in keys]
     if rows:

@@ -7,7 +7,6 @@ python -m experiments.claims --reduced true     everything at toy size, in minut
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,8 @@ from itertools import groupby, product
 from experiments import page
 from experiments.grid import ROOT, Cell, make, read_results, run_cells
 from experiments.study import FIRST_STAGE, FULL, GRIDS, REDUCED, TRIALS, TUNED, Study
+from mpo.config import Few
+from mpo.runtime.cores import cores
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_json
@@ -31,7 +32,7 @@ class ClaimsConfig:
 
     grids: str = ",".join(STEPS)  # what to run, separated by commas
     reduced: bool = False  # toy size: minutes, meaningless numbers
-    jobs: int = 0  # run folders at a time; 0: one for each core
+    jobs: Few = 0  # run folders at a time; 0: one for each core
 
 
 def tuning_cells(study: Study, task: str, method: str, settings: dict[str, str]) -> Iterator[Cell]:
@@ -110,7 +111,7 @@ def main(config: ClaimsConfig) -> int:
     if unknown := set(named) - set(STEPS):
         raise InputError(f"--grids {config.grids}: {sorted(unknown)[0]!r} is not one of {', '.join(STEPS)}")
     study = REDUCED if config.reduced else FULL
-    jobs = config.jobs or os.cpu_count() or 1
+    jobs = config.jobs or cores()
     failed = 0
     for grid in (g for g in STEPS if g in named):
         if grid == "tune":

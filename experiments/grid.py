@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.data.rows import read_jsonl
+from mpo.runtime.cores import cores
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json
 
@@ -192,7 +193,7 @@ def _call(command: Iterable[str], log: Path) -> None:
 
 def commit() -> str:
     """The commit that is checked out, with "+" if the code differs from it; "" outside a repository."""
-    head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, encoding="utf-8")
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "*.py", "*.mk", "Makefile"], cwd=ROOT)
     return head.stdout.strip() + ("+" if changed.returncode == 1 else "") if head.returncode == 0 else ""
 
@@ -202,9 +203,13 @@ def machine() -> str:
     name, widest = platform.processor() or platform.machine(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line)
+        fields = dict(
+            line.split(":", 1)
+            for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+            if ":" in line
+        )
         fields = {k.strip(): v.strip() for k, v in fields.items()}
         name, flags = fields.get("model name", name), fields.get("flags", "").split()
         known = {"avx512_bf16": "AVX-512 with BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
         widest = next((f" ({text})" for flag, text in known.items() if flag in flags), "")
-    return f"{name}{widest}, {os.cpu_count()} cores"
+    return f"{name}{widest}, {cores()} cores"

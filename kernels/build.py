@@ -22,7 +22,7 @@ FLAGS += os.environ.get("MPO_KERNELS_FLAGS", "").split()  # `make sanitize` adds
 def library() -> Path:
     """The path of the compiled kernels for these sources on this processor, whether they have been built or not."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
     processor = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     texts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
     key = " ".join([*texts, *FLAGS, platform.machine(), processor])
@@ -51,7 +51,9 @@ def build(target: Path | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_suffix(f".{os.getpid()}.part")
     sources = sorted(map(str, SOURCES.glob("*.cpp")))
-    done = subprocess.run([cxx, *FLAGS, *sources, "-o", str(part)], capture_output=True, text=True)
+    done = subprocess.run(
+        [cxx, *FLAGS, *sources, "-o", str(part)], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         part.unlink(missing_ok=True)
         raise RuntimeError(f"{cxx} failed: {done.stderr.strip()[:2000]}")

@@ -74,7 +74,9 @@ def oldest() -> str:
 def takes_cpu_build(version: str) -> bool:
     """True if pip, as it is set up here, would install a CPU build of this version of torch."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--no-deps", "--quiet"]
-    done = subprocess.run([*command, "--report", "-", f"torch=={version}"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, "--report", "-", f"torch=={version}"], capture_output=True, encoding="utf-8", check=False
+    )
     try:
         return str(json.loads(done.stdout)["install"][0]["metadata"]["version"]).endswith("+cpu")
     except (ValueError, LookupError):
@@ -87,6 +89,8 @@ def main() -> None:
     if purpose == "oldest":
         print(oldest())
         return
+    if purpose not in PURPOSES:
+        sys.exit(f"pick.py: error: {purpose}: expected one of {', '.join(PURPOSES)}, oldest")
     extras = PURPOSES[purpose]
     text = LOCK.read_text(encoding="utf-8")
     packages, cpu, direct = blocks(text), CPU_BUILD.search(text), direct_requirements(extras)

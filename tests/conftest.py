@@ -11,6 +11,7 @@ import torch
 
 from mpo.data.tokenizer import Tokenizer, train_tokenizer
 from mpo.model.llama import Llama, LlamaConfig, initialise
+from mpo.runtime.cores import cores
 from mpo.runtime.seeding import generator
 from mpo.world.build import build
 from tests.support.scripts import ROOT, run_script
@@ -22,6 +23,13 @@ WORKER = "PYTEST_XDIST_WORKER" in os.environ  # True in a worker process of pyte
 if WORKER:  # each worker uses one core, and so does every process that it starts
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist there is no such hook
+def pytest_xdist_auto_num_workers() -> int:
+    """The number of workers for `-n auto`."""
+    return cores()
+
 
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the real small model is not on this machine")
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not on this machine")

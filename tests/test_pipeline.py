@@ -190,7 +190,11 @@ def test_sft_starts_from_a_real_checkpoint(hh_run, tmp_path):
         ("train_rm.py", ["--data", "{run}/data", "--model", "{run}/tokenizer"], "config.json: no such file"),
         ("split_data.py", ["--data", "{run}/data", "--rm", "{run}/rm", "--gamma", "big"], "--gamma big"),
         ("eval.py", ["--data", "{run}/data", "--rm", "{run}/rm", "--policies", "sft"], "expected name=folder"),
-        ("train_dpo.py", ["--data", "{run}/split/easy.jsonl", "--model", "{run}/sft", "--batch", "0"], "positive"),
+        (
+            "train_dpo.py",
+            ["--data", "{run}/split/easy.jsonl", "--model", "{run}/sft", "--batch", "0"],
+            "--batch 0: must be at least 1",
+        ),
         (
             "train_ppo.py",
             ["--prompts", "x", "--model", "x", "--ref", "x", "--rm", "x", "--temperature", "0"],
@@ -200,6 +204,11 @@ def test_sft_starts_from_a_real_checkpoint(hh_run, tmp_path):
             "train_ppo.py",
             ["--prompts", "x", "--model", "x", "--ref", "x", "--rm", "x", "--advantage", "rloo"],
             "set --group to 2",
+        ),
+        (
+            "train_ppo.py",
+            [*"--prompts x --model x --ref x --rm x --kl_target 1 --batch 128 --kl_horizon 25.6".split()],
+            "--kl_horizon 25.6: must be above a fifth of --batch 128",  # 0.2 * 128 / 25.6 = 1: all of the price
         ),
         (
             "train_dpo.py",

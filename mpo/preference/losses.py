@@ -3,17 +3,21 @@
 Notation: s_w and s_l are log(pi/pi_ref) of the chosen and the rejected response, summed over tokens; D = s_w - s_l;
 |w| and |l| are their lengths in tokens; e is the probability that the label is wrong; sig is the logistic function.
 
-A new loss is a function here and a line in PREFERENCE_LOSSES (docs/losses.md).
+A new loss is a function here and a line in PREFERENCE_LOSSES (docs/losses.md). The type of a constant says which values
+a --loss flag may give it (mpo/config.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mpo.config import LabelNoise, NonNegative, Positive, Range
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,13 @@ def sigmoid(pairs: PairLogps, beta: float) -> Tensor:
     return -F.logsigmoid(beta * pairs.D)
 
 
-def cdpo(pairs: PairLogps, beta: float, e: float = 0.1) -> Tensor:
+def cdpo(pairs: PairLogps, beta: float, e: LabelNoise = 0.1) -> Tensor:
     """Conservative DPO: -(1-e) log sig(beta D) - e log sig(-beta D). Source: a note by E. Mitchell, 2023."""
     e_ = pairs.label_noise(e)
     return -(1 - e_) * F.logsigmoid(beta * pairs.D) - e_ * F.logsigmoid(-beta * pairs.D)
 
 
-def robust(pairs: PairLogps, beta: float, e: float = 0.1) -> Tensor:
+def robust(pairs: PairLogps, beta: float, e: LabelNoise = 0.1) -> Tensor:
     """Robust DPO: unbiased for DPO's loss on the true labels if a share e < 1/2 is flipped. Source: 2403.00409.
 
     [-(1-e) log sig(beta D) + e log sig(-beta D)] / (1 - 2e)
@@ -109,14 +113,14 @@ def ipo_mean(pairs: PairLogps, beta: float) -> Tensor:
     return (pairs.s_w / pairs.chosen_len - pairs.s_l / pairs.rejected_len - 1 / (2 * beta)) ** 2
 
 
-def exo_pair(pairs: PairLogps, beta: float, e: float = 1e-3) -> Tensor:
+def exo_pair(pairs: PairLogps, beta: float, e: Annotated[float, Range(above=0, below=0.5)] = 1e-3) -> Tensor:
     """EXO: KL of [sig(beta D), sig(-beta D)] from [1-e, e], where e > 0. Source: 2402.00856, eq. 16."""
     e_ = torch.as_tensor(pairs.label_noise(e), dtype=pairs.chosen.dtype)
     log_p, log_q = F.logsigmoid(beta * pairs.D), F.logsigmoid(-beta * pairs.D)
     return log_p.exp() * (log_p - torch.log(1 - e_)) + log_q.exp() * (log_q - torch.log(e_))
 
 
-def discopop(pairs: PairLogps, beta: float, tau: float = 0.05) -> Tensor:
+def discopop(pairs: PairLogps, beta: float, tau: Positive = 0.05) -> Tensor:
     """DiscoPOP: (1-m)(-log sig(beta D)) + m exp(-beta D), with m = sig(beta D / tau). Source: 2406.08414, eq. 5.
 
     A language model discovered this loss.
@@ -125,7 +129,7 @@ def discopop(pairs: PairLogps, beta: float, tau: float = 0.05) -> Tensor:
     return (1 - m) * -F.logsigmoid(beta * pairs.D) + m * torch.exp(-beta * pairs.D)
 
 
-def aot(pairs: PairLogps, beta: float, e: float = 0.0) -> Tensor:
+def aot(pairs: PairLogps, beta: float, e: LabelNoise = 0.0) -> Tensor:
     """AOT: cdpo, in which D is sorted(log pi_w/pi_l) - sorted(log ref_w/ref_l), each sorted over the batch.
 
     Source: 2406.05882, its paired form. It compares the pairs of a batch: see WHOLE_BATCH.
@@ -134,7 +138,7 @@ def aot(pairs: PairLogps, beta: float, e: float = 0.0) -> Tensor:
     return _smoothed(beta * (policy - (pairs.ref_chosen - pairs.ref_rejected).sort().values), e)
 
 
-def aot_unpaired(pairs: PairLogps, beta: float, e: float = 0.0) -> Tensor:
+def aot_unpaired(pairs: PairLogps, beta: float, e: LabelNoise = 0.0) -> Tensor:
     """The unpaired form of `aot`: cdpo, in which D is sorted(s_w) - sorted(s_l). Source: 2406.05882."""
     return _smoothed(beta * (pairs.s_w.sort().values - pairs.s_l.sort().values), e)
 
@@ -202,17 +206,17 @@ def sft(pairs: PairLogps, beta: float) -> Tensor:
     return -pairs.chosen / pairs.chosen_len
 
 
-def rpo(pairs: PairLogps, beta: float, alpha: float = 1.0) -> Tensor:
+def rpo(pairs: PairLogps, beta: float, alpha: NonNegative = 1.0) -> Tensor:
     """DPO with a likelihood term, which TRL calls RPO: sigmoid + alpha sft. Source: 2404.19733, eq. 1."""
     return sigmoid(pairs, beta) + alpha * sft(pairs, beta)
 
 
-def simpo(pairs: PairLogps, beta: float, gamma: float = 0.5) -> Tensor:
+def simpo(pairs: PairLogps, beta: float, gamma: NonNegative = 0.5) -> Tensor:
     """SimPO: -log sig(beta (log pi_w/|w| - log pi_l/|l|) - gamma). Source: 2405.14734, eq. 6."""
     return -F.logsigmoid(beta * (pairs.chosen / pairs.chosen_len - pairs.rejected / pairs.rejected_len) - gamma)
 
 
-def orpo(pairs: PairLogps, beta: float, lam: float = 0.1) -> Tensor:
+def orpo(pairs: PairLogps, beta: float, lam: NonNegative = 0.1) -> Tensor:
     """ORPO: sft - lam log sig(log odds_w - log odds_l). Source: 2403.07691, eq. 6 and 7. Ignores beta.
 
     odds = p / (1 - p), where p = exp(log pi / |y|) for a response of |y| tokens. TRL calls lam "beta".
@@ -222,7 +226,7 @@ def orpo(pairs: PairLogps, beta: float, lam: float = 0.1) -> Tensor:
     return sft(pairs, beta) - lam * F.logsigmoid(log_odds)
 
 
-def cpo(pairs: PairLogps, beta: float, alpha: float = 1.0) -> Tensor:
+def cpo(pairs: PairLogps, beta: float, alpha: NonNegative = 1.0) -> Tensor:
     """CPO: -log sig(beta (log pi_w - log pi_l)) + alpha sft. Source: 2401.08417.
 
     The paper writes the likelihood term as a sum over tokens. Here it is the mean, as in its authors' code and in TRL.

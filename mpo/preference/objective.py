@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import re
+import typing
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from mpo.config import Range
 from mpo.preference.losses import NOISE_AWARE, PREFERENCE_LOSSES, REFERENCE_FREE, WHOLE_BATCH, PairLogps, PreferenceLoss
 from mpo.runtime.errors import InputError
+from mpo.runtime.flags import read_number
 
 
 @dataclass(frozen=True)
@@ -77,21 +79,22 @@ def _term(part: str, text: str) -> Term:
         near = difflib.get_close_matches(name, PREFERENCE_LOSSES, 1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(PREFERENCE_LOSSES)}"
         raise InputError(f"--loss {text}: unknown loss {name!r}; {hint}")
-    known = [p for p in inspect.signature(PREFERENCE_LOSSES[name]).parameters if p != "pairs"]
+    ranges = ranges_of(PREFERENCE_LOSSES[name])
     constants = {}
     for setting in settings:
         key, _, value = setting.partition("=")
-        if key not in known:
-            raise InputError(f"--loss {text}: {name} has no constant {key!r}; it has {', '.join(known)}")
-        constants[key] = _number(value, text)
-    return Term(name, _number(weight, text) if star else 1.0, constants)
+        if key not in ranges:
+            raise InputError(f"--loss {text}: {name} has no constant {key!r}; it has {', '.join(ranges)}")
+        constants[key] = read_number(f"--loss {text}: {key}", float, ranges[key], value)
+    return Term(name, read_number(f"--loss {text}: weight", float, Range(above=0), weight) if star else 1.0, constants)
 
 
-def _number(value: str, text: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"--loss {text}: {value!r} is not a number")
-    return number
+def ranges_of(loss: PreferenceLoss) -> dict[str, Range]:
+    """The constants of a loss, and the values that each takes. Without a range in its type, that is any number.
+
+    A loss with beta or a weight below 0 would push in the wrong direction, and with 0 not at all.
+    """
+    types = typing.get_type_hints(loss, include_extras=True)
+    names = [name for name in inspect.signature(loss).parameters if name != "pairs"]
+    declared = {name: getattr(types.get(name), "__metadata__", (Range(),))[0] for name in names}
+    return declared | ({"beta": Range(above=0)} if "beta" in declared else {})

@@ -37,20 +37,25 @@ def start(sharded: bool) -> None:
     """Join the processes that torchrun started (RANK, WORLD_SIZE ... in the environment), if it did.
 
     `sharded`: shard models (FSDP2) instead of replicating them (DDP). Only the main process prints from now on.
+    Raises InputError where the environment has only a part of what torchrun sets.
     """
     global _store, _sharded
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    processes = os.environ.get("WORLD_SIZE") or "1"
+    if processes != "1" and not dist.is_initialized():
         from torch.distributed.distributed_c10d import PrefixStore
         from torch.distributed.rendezvous import rendezvous
 
-        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        except ValueError as e:
+            raise InputError(f"WORLD_SIZE={processes}: not set by torchrun ({e}); unset it for one process") from None
         tries = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         _store = PrefixStore(f"mpo/{tries}", store)
         group = PrefixStore(f"group/{tries}", store)
         backend = "cpu:gloo,cuda:nccl" if device.current().type == "cuda" else "gloo"
         dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=TIMEOUT)
         if rank:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")  # noqa: SIM115
     _sharded = sharded and world_size() > 1
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mpo.runtime import distributed, signals
+from mpo.runtime import distributed, output, signals
 from mpo.runtime.errors import Ending, InputError, RunError, UpToDate
 from mpo.runtime.flags import parse
 
@@ -46,17 +48,23 @@ def run(
 def run_plain(main: Callable[[list[str]], None]) -> None:
     """Run a program on its arguments; every early end is one line and an exit status (errors.py)."""
     signals.install()
+    output.accept_every_character()
     try:
-        main(sys.argv[1:])
-        distributed.leave()
-    except UpToDate as e:
-        if distributed.is_main():
+        try:
+            main(sys.argv[1:])
+        except UpToDate as e:
             print(e)
+        except SystemExit:  # after --help, or with an exit status of its own
+            output.flush()
+            raise
+        output.flush()
         distributed.leave()
+    except BrokenPipeError:  # whoever read our output has seen enough, as in `... | head`
+        _end("", 128 + signal.SIGPIPE)
     except Ending as e:
         _end({InputError: "error: ", RunError: "stopped: "}.get(type(e), "") + str(e), e.status)
     except OSError as e:
-        _end(f"stopped: {e.filename or 'a file'}: {e.strerror or e}", 1)
+        _end(f"stopped: {e.filename or 'standard output or a file'}: {e.strerror or e}", 1)
     except RuntimeError as e:
         if not distributed.lost_a_peer(e):
             raise
@@ -78,11 +86,12 @@ def one_argument(argv: list[str], usage: str) -> str:
 
 
 def _end(line: str, status: int) -> NoReturn:
-    """Print the last line of this program, in only one of several processes, and exit."""
+    """Print the last line of this program, if any, in only one of several processes, and exit."""
     signals.ignore()
-    if distributed.has_the_last_word():
-        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with suppress(OSError):
+        if line and distributed.has_the_last_word():
+            print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+    output.drop_unread()
     if distributed.world_size() > 1:
         os._exit(status)  # the other processes cannot be waited for
     sys.exit(status)

@@ -15,9 +15,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mpo.config import Range
 from mpo.runtime import signals
+from mpo.runtime.cores import threads
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError, Interrupted, RunError
+from mpo.runtime.flags import read_number
 
 
 @contextmanager
@@ -40,16 +43,16 @@ def recorded_signals() -> Iterator[None]:
 
 def main(argv: list[str]) -> None:
     """Run argv[1:] in argv[0] processes. Raises InputError for a wrong number, RunError if a process is killed."""
-    if len(argv) < 2 or not argv[0].isdigit() or not 0 < int(argv[0]) < 1 << 10:
+    if len(argv) < 2:
         raise InputError("expected a number of processes and a script: python -m mpo.runtime.launch 2 train_sft.py")
+    processes = int(read_number("number of processes", int, Range(1, 1_000), argv[0]))
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
-    processes = int(argv[0])
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what goes wrong below also arrives as an exception
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ["OMP_NUM_THREADS"] = str(threads(processes=processes))
     config = LaunchConfig(
         1,
         1,

@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
 
 from mpo.runtime import distributed
+
+
+def accept_every_character() -> None:
+    """Let the terminal's encoding stop no program: what it cannot show or read becomes a replacement character."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def flush() -> None:
+    """Write out what was printed. Raises OSError where that fails: a full disk, or nobody who reads it."""
+    if sys.stdout:  # None if it was closed before the program started
+        sys.stdout.flush()
+
+
+def drop_unread() -> None:
+    """Drop what was printed but cannot be written, or the interpreter would complain about it at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream:
+                stream.flush()
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def progress(items: Sequence[Any], name: str, done: int = 0, leave: bool = True) -> Any:

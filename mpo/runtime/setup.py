@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 
 import torch
 
 from mpo.config import Common, Limits
 from mpo.kernels import functions as kernels
 from mpo.runtime import device, distributed
+from mpo.runtime.cores import threads
 from mpo.runtime.errors import InputError
 
 
@@ -25,7 +25,7 @@ def setup_torch(config: Common) -> None:
         weights = torch.bfloat16 if precision == "bf16" else torch.float32
         device.start(config.device, weights, config.deterministic)
     distributed.start(getattr(config, "shard", False))
-    torch.set_num_threads(config.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    torch.set_num_threads(threads(config.threads))
     torch.set_flush_denormal(True)
     kernels.use_bf16(precision == "bf16-mixed")
     if not getattr(config, "recompute", False):  # recompute is for those who need the memory back

@@ -46,7 +46,7 @@ THE_WORD = "REDO=1 (without make: --overwrite true)"
 def peak_memory_mb() -> float:
     """The most memory that this process has used so far, in MB."""
     try:  # on Linux, getrusage would also count the program that started this one
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
         return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)
     except (OSError, IndexError, ValueError):
         pass
@@ -194,7 +194,7 @@ class Stage:
             return
         line = json.dumps({"step": step, **finite({k: round(float(v), 6) for k, v in metrics.items()})}) + "\n"
         try:
-            with (self.out / METRICS).open("a") as f:
+            with (self.out / METRICS).open("a", encoding="utf-8") as f:
                 f.write(line)
         except OSError as e:
             raise RunError(f"{self.out / 'metrics.jsonl'}: cannot be written ({e.strerror})") from None

@@ -51,9 +51,11 @@ def make_optimiser(
 def optimiser_step(optimiser: torch.optim.Optimizer, model: nn.Module, lr: float, grad_clip: float) -> float:
     """Clip the gradient, take one step at this learning rate, clear the gradient; returns its norm before clipping.
 
-    Raises NotFinite when the gradient is not finite; no weight has been changed then.
+    `grad_clip` is the largest norm that is left as it is; with 0, every gradient is. Raises NotFinite when the
+    gradient is not finite; no weight has been changed then.
     """
-    norm = float(distributed.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), grad_clip)))
+    most = grad_clip or math.inf
+    norm = float(distributed.full_tensor(nn.utils.clip_grad_norm_(model.parameters(), most)))
     if not math.isfinite(norm):
         raise NotFinite("the gradient", [])
     for group in optimiser.param_groups:

@@ -117,3 +117,22 @@ def test_the_environment_variable_changes_the_size_of_the_workload():
     environment = os.environ | {"MPO_BENCH": '{"vocabulary": 50, "tokens": 96}'}
     done = subprocess.run([sys.executable, "-c", code], cwd=run.ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["50", "64", "32", "16"]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("dpo 2", "('dpo', [2])"),
+        ("", "usage: how; cases: dpo, ppo"),
+        ("dpo", "usage: how; cases: dpo, ppo"),
+        ("dpo 0", "usage: how; cases: dpo, ppo"),
+        ("dpo two", "usage: how; cases: dpo, ppo"),
+        ("sft 2", "usage: how; cases: dpo, ppo"),
+    ],
+)
+def test_a_worker_with_wrong_arguments_prints_its_usage(words, expected):
+    code = "from benchmarks import turns; print(turns.arguments('how', cases=['dpo', 'ppo']))"
+    command = [sys.executable, "-c", code, *words.split()]  # in a separate process, as above
+    done = subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True)
+    assert done.stderr == f"{expected}\n"
+    assert done.returncode == (expected[0] != "(")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from dataclasses import replace
+from dataclasses import MISSING, fields, replace
 
 import numpy as np
 import pytest
@@ -16,9 +16,11 @@ from experiments.judgement import World, collapsed, fall, verdict
 from experiments.statistics import Contrast
 from experiments.study import FIRST_STAGE, FULL, LAST_STAGES, REDUCED, TRIALS, TUNED, LastStage
 from mpo.config import DPOConfig, PPOConfig
+from mpo.preference.objective import parse_objective
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json
 from mpo.runtime.flags import parse
+from mpo.tools.check import CONFIGS
 from tests.support.scripts import ROOT
 
 
@@ -156,6 +158,38 @@ def test_the_reduced_study_has_every_grid_in_few_cells(tmp_path):
     write_json(study.settings, {"hh": dict.fromkeys(study.tuned, "--lr 1")})
     sizes = {g: len(claims.grid_cells(study, g)) for g in ("main", "noise", "price", "gamma", "pushed")}
     assert sizes == {"main": 5, "noise": 2, "price": 1, "gamma": 1, "pushed": 1}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [("a", "seed a: not a whole"), ("1,,2", "seed '': not a whole"), ("1,-2", "seed -2: must be"), ("1, 1", "twice")],
+)
+def test_ablate_refuses_seeds_that_are_not_different_whole_numbers(seeds, message):
+    with pytest.raises(InputError, match=message) as error:
+        ablate.cells_of(parse(ablate.AblateConfig, ["--seeds", seeds]))
+    assert str(error.value).startswith(f"--seeds {seeds}: ")
+
+
+def test_every_setting_of_the_experiments_is_in_the_range_of_its_flag():
+    """What the study, its trials and the grids of `make ablate` pass on as flags is accepted."""
+    variables = [dict(v) for _, grid_ in ablate.GRIDS.values() for v in grid_.values()]
+    variables += [{"DPO_FLAGS": f} for f in TRIALS["dpo"]] + [{"PPO_FLAGS": f} for f in TRIALS["ppo"]]
+    for study in (FULL, REDUCED):
+        variables += [
+            {"DPO_FLAGS": f"{study.dpo_unit} {study.dpo_long}", "PPO_FLAGS": f"{study.ppo_unit} {study.price}"}
+        ]
+        variables += [{f"{LAST_STAGES[m].kind.upper()}_FLAGS": flags} for m, flags in study.pushed.items()]
+        variables += [{"DATA_FLAGS": f"--noise {n}"} for n in study.noise]
+        variables += [{"SPLIT_FLAGS": f"--gamma {g}"} for g in study.gammas]
+    seen = set()
+    for name, flags in (item for v in variables for item in v.items()):
+        if cls := {c.__name__.removesuffix("Config").upper() + "_FLAGS": c for c in CONFIGS.values()}.get(name):
+            needed = [f"--{f.name}=x" for f in fields(cls) if f.default is MISSING]
+            parse(cls, [*needed, *flags.split()])
+            seen.add(name)
+        elif name == "LOSS":
+            parse_objective(flags, 0.5)
+    assert seen == {"DATA_FLAGS", "RM_FLAGS", "SPLIT_FLAGS", "DPO_FLAGS", "PPO_FLAGS"}
 
 
 def test_ablate_makes_a_cell_of_each_variant_and_seed():

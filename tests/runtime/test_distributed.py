@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mpo.runtime import distributed
+from mpo.runtime.errors import InputError
 from tests.support.group import CASES, case_name
 from tests.support.hooks import WAIT_FOR_SIGNAL, script_with_hook
 from tests.support.scripts import ROOT, run_script
@@ -193,3 +195,14 @@ def test_diverging_weights_stop_all_processes_with_one_line(hh_run, tmp_path):
         assert last.startswith("train_dpo.py: stopped: ")
         assert "is not finite" in last
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two", "RANK": "0"}])
+def test_a_part_of_what_torchrun_sets_is_refused_in_one_line(monkeypatch, environment):
+    """Some batch systems set WORLD_SIZE by themselves."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"^WORLD_SIZE={environment['WORLD_SIZE']}: not set by torchrun"):
+        distributed.start(False)

@@ -27,7 +27,7 @@ from typing import Any
 
 import prepare_data
 from mpo import config as configs
-from mpo.config import DataConfig, DPOConfig
+from mpo.config import DataConfig, DPOConfig, Range
 from mpo.data import hh, tldr
 from mpo.data.batches import encode
 from mpo.data.rows import read_rows, write_rows
@@ -36,9 +36,10 @@ from mpo.model.checkpoint import load_model, load_scalar, save_model
 from mpo.model.llama import scalar_from
 from mpo.preference.objective import parse_objective
 from mpo.preference.split import threshold
+from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json
-from mpo.runtime.flags import parse
+from mpo.runtime.flags import parse, read_number
 from mpo.runtime.saves import Part, Saves
 from mpo.runtime.seeding import generator
 from mpo.tools.verify import verify
@@ -328,15 +329,17 @@ def run_target(name: str, cases: int, seed: int) -> dict[str, Any]:
     return {"target": name, "cases": cases, **ends, "details": faults}
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Run the targets named on the command line, by default all. Exits with status 1 if there was a fault."""
-    if sys.argv[1] == "--worker":
-        name, cases, seed, first, note = sys.argv[2:]
-        worker(name, int(cases), int(seed), int(first), Path(note))
+    if argv[:1] == ["--worker"]:
+        name, count, key, first, note = argv[1:]
+        worker(name, int(count), int(key), int(first), Path(note))
         return
-    cases, seed = int(sys.argv[1]), int(sys.argv[2])
+    if len(argv) < 2 or set(argv[2:]) - set(TARGETS):
+        raise InputError(f"usage: python -m tests.support.fuzz CASES SEED [TARGET ...]; targets: {', '.join(TARGETS)}")
+    cases, seed = int(read_number("CASES", int, Range(1), argv[0])), int(read_number("SEED", int, Range(0), argv[1]))
     bad = 0
-    targets = sys.argv[3:] or list(TARGETS)
+    targets = argv[2:] or list(TARGETS)
     for name in targets:
         result = run_target(name, math.ceil(cases / len(targets)), seed)
         bad += len(result["details"])
@@ -345,4 +348,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_plain(main)

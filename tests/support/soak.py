@@ -18,7 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.grid import commit, machine
+from mpo.config import Range
+from mpo.runtime.entry import run_plain
+from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_between
+from mpo.runtime.flags import read_number
 from mpo.runtime.output import table
 from tests.conftest import ROOT, run_pipeline
 from tests.support.crashes import STAGES
@@ -60,9 +64,14 @@ def inputs_table(cases: int, seed: int) -> tuple[str, int]:
     return table(["reader", "inputs", "refused in one line", "accepted", "faults"], rows), wrong
 
 
-def main() -> None:
-    """Make both tables, and write them to the page."""
-    kills, cases, page = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+def main(argv: list[str]) -> None:
+    """Make both tables, and write them to the page. Raises InputError for wrong arguments."""
+    if len(argv) != 3:
+        raise InputError("usage: python -m tests.support.soak KILLS CASES PAGE")
+    kills, cases = (int(read_number(n, int, Range(1), x)) for n, x in zip(("KILLS", "CASES"), argv, strict=False))
+    page = Path(argv[2])
+    if not page.is_file():
+        raise InputError(f"{page}: no such file")
     began, seed = (
         time.time(),
         int(time.time()) % 100_000,
@@ -79,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_plain(main)

@@ -34,6 +34,29 @@ def test_a_gradient_of_nan_changes_no_weight():
     assert torch.equal(model.weight, before)
 
 
+@pytest.mark.parametrize(("grad_clip", "left"), [(1.0, 0.2), (5.0, 1.0), (0.0, 1.0), (1e9, 1.0)])
+def test_a_gradient_above_the_clip_is_scaled_down_to_it_and_a_clip_of_0_leaves_it(grad_clip, left):
+    """The gradient is (3, 4), of norm 5. SGD at a rate of 0.1 takes a tenth of what is left of it from the weights."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    before = model.weight.detach().clone()
+    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(torch.tensor([[3.0, 4.0]])).sum().backward()
+    assert optimiser_step(optimiser, model, 0.1, grad_clip) == pytest.approx(5.0)
+    expected = before - 0.1 * left * torch.tensor([[3.0, 4.0]])
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_an_infinite_gradient_changes_no_weight_whether_it_is_clipped_or_not(grad_clip):
+    model = torch.nn.Linear(2, 1)
+    before = model.weight.clone()
+    optimiser = torch.optim.SGD(model.parameters(), lr=1.0)
+    (model(torch.ones(1, 2)) * math.inf).sum().backward()
+    with pytest.raises(NotFinite, match="the gradient"):
+        optimiser_step(optimiser, model, 1.0, grad_clip)
+    assert torch.equal(model.weight, before)
+
+
 def gradients(shape, steps, seed=1):
     """Random gradients whose size changes from step to step."""
     draw = torch.Generator().manual_seed(seed)
