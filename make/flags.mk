@@ -47,8 +47,9 @@ ensemble := $(if $(filter-out rm,$(RMS)),--rm $(call by_comma,$(RMS:%=$(RUN)/%))
 more_rms := $(filter rm-%,$(RMS))
 $(foreach rm,$(more_rms),$(eval $(rm)_args = $$(rm_args) $$($(rm)_FLAGS)))
 
-# The files of DATA and MODEL that a stage reads: it is run again when one of them changes.
-data_files  := $(wildcard $(filter-out builtin,$(DATA)) $(addprefix $(DATA)/,*/*.jsonl */*.gz comparisons/*.json))
+# The files of DATA, --test_data and MODEL that a stage reads: it is run again when one of them changes.
+test_data   := $(patsubst --test_data=%,%,$(DATA_FLAGS))
+data_files  := $(wildcard $(filter-out builtin,$(DATA)) $(addprefix $(DATA)/,*/*.jsonl */*.gz */*.json *.json) $(test_data))
 model_files := $(wildcard $(addprefix $(MODEL)/,config.json *.safetensors tokenizer.model tokenizer.json))
 
 # $(call stage,script,flags): the command of a stage. With $(call model_stage,...) the stage may run in several

@@ -88,5 +88,6 @@ def read_folder(folder: Path, split: str, dropped: Counter[str]) -> list[Row]:
     files, mixed = files_of(folder, split)
     found = list[Found]()
     for file in files:
-        found += convert_all(rows_of(file, split, mixed, dropped), parse, stem(file), dropped)
+        name = f"{stem(file)}-{split}" if mixed else stem(file)
+        found += convert_all(rows_of(file, split, mixed, dropped), parse, name, dropped)
     return with_ids(found)
