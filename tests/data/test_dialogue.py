@@ -63,7 +63,9 @@ def test_a_text_with_turns_that_are_not_complete_is_not_made_a_prompt(text):
         prompt_of(text)
 
 
-@pytest.mark.parametrize(("prompt", "blank"), [("", True), (" \n", True), ("\n\nHuman: \n\nAssistant:", True), ("?", False)])
+@pytest.mark.parametrize(
+    ("prompt", "blank"), [("", True), (" \n", True), ("\n\nHuman: \n\nAssistant:", True), ("?", False)]
+)
 def test_a_blank_prompt_has_no_word(prompt, blank):
     assert is_blank(prompt) == blank
 

@@ -44,7 +44,7 @@ def test_a_json_file_of_lines_is_read_line_by_line(tmp_path):
 )
 def test_a_damaged_list_is_refused_with_the_line(tmp_path, text, message):
     (tmp_path / "data.json").write_text(text)
-    with pytest.raises(InputError, match=rf"data.json\S*{message}") as refused:
+    with pytest.raises(InputError, match=rf"data.json.*{message}") as refused:
         list(read_objects(tmp_path / "data.json"))
     assert "\n" not in str(refused.value)
 
@@ -63,10 +63,10 @@ def test_a_parquet_file_gives_its_rows(tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(items), path)
     assert list(read_objects(path)) == [(f"{path}:1", items[0]), (f"{path}:2", items[1])]
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match="data.parquet: not a complete parquet file") as refused:
+    with pytest.raises(InputError, match=r"data.parquet: not a complete parquet file") as refused:
         list(read_objects(path))
     assert "\n" not in str(refused.value)
-    with pytest.raises(InputError, match="none.parquet: no such file"):
+    with pytest.raises(InputError, match=r"none.parquet: no such file"):
         list(read_objects(tmp_path / "none.parquet"))
 
 

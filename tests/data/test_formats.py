@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from mpo.data import formats
 from mpo.data.formats import FORMATS, read_file, recognised
 from mpo.data.rows import Row
 from mpo.runtime.errors import InputError
@@ -83,7 +84,7 @@ def test_each_format_is_recognised_and_read(tmp_path, name, item, prompt):
 def test_every_format_has_an_example_here_and_on_the_page():
     assert {name for name, *_ in EXAMPLES} == set(FORMATS)
     page = (ROOT / "docs" / "data.md").read_text()
-    shown = dict(re.findall(r"^### (.+)\n.*?```json\n(.*?)```", page, re.MULTILINE | re.DOTALL))
+    shown = dict(re.findall(r"^### ([^\n]+)\n.*?```json\n(.*?)```", page, re.MULTILINE | re.DOTALL))
     assert {name: recognised(json.loads(example)) for name, example in shown.items()} == {n: n for n in FORMATS}
 
 
@@ -173,7 +174,11 @@ OWN = {"id": "x", "prompt": "p", **PAIR}
         (TEXTS, OWN, "one of the rows of this project, but the file begins with TRL pairs"),
         (OWN, {"id": "y", "prompt": "p", "chosen": "a"}, "field 'rejected' is missing"),
         (MESSAGES, {"prompt": [USER], "chosen": [BLUE]}, "field 'rejected' is missing"),
-        (MESSAGES, {"prompt": [3], "chosen": [BLUE], "rejected": [DOG]}, "field 'prompt' must hold messages .* not int"),
+        (
+            MESSAGES,
+            {"prompt": [3], "chosen": [BLUE], "rejected": [DOG]},
+            "field 'prompt' must hold messages .* not int",
+        ),
         (MESSAGES, {**MESSAGES, "chosen": [{"text": "a"}]}, r"field 'chosen' must hold .* not dict of text \(str\)"),
         (MESSAGES, {**MESSAGES, "chosen": [{"role": "wizard", "content": "a"}]}, "unknown role 'wizard'"),
         (MESSAGES, {**MESSAGES, "chosen": [{"role": "user", "content": 5}]}, "a message whose text is int"),
@@ -207,7 +212,7 @@ def test_a_row_that_does_not_fit_is_refused_with_its_line(tmp_path, first, secon
 
 @pytest.mark.parametrize("item", [{}, {"question": "x", "answers": ["a", "b"]}, {"prompt": "p", "chosen": 3}])
 def test_an_unknown_format_is_refused_with_its_fields_and_all_known_formats(tmp_path, item):
-    with pytest.raises(InputError, match="data.jsonl:2: unknown format; its fields are ") as refused:
+    with pytest.raises(InputError, match=r"data.jsonl:2: unknown format; its fields are ") as refused:
         read(tmp_path, "", item)
     text = str(refused.value)
     assert all(name in text for name in [*item, *FORMATS])
@@ -215,9 +220,22 @@ def test_an_unknown_format_is_refused_with_its_fields_and_all_known_formats(tmp_
     assert "[...]" not in text  # the message is shown as a whole
 
 
+def test_a_format_of_ones_own_is_a_function_and_a_line(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "data.md").read_text()
+    example = re.search(r"## A format of your own\n.*?```python\n(.*?)```", page, re.DOTALL)[1]
+    monkeypatch.setattr(formats, "FORMATS", dict(FORMATS))
+    exec(compile(example, "docs/data.md", "exec"), {})
+    item = {"question": "Name a colour.", "better": "Blue.", "worse": "Dog.", "margin": 2}
+    name, rows, _ = read(tmp_path, item)
+    assert name == "question pairs"
+    assert rows == [Row("data-0", ASK, " Blue.", " Dog.", margin=2)]
+    with pytest.raises(InputError, match=r"data.jsonl:2: field 'worse' is missing"):
+        read(tmp_path, item, {"question": "x", "better": "y"})
+
+
 def test_a_file_without_rows_is_refused(tmp_path):
     for text in ("", "\n\n", "\ufeff"):
-        with pytest.raises(InputError, match="data.jsonl: contains no rows"):
+        with pytest.raises(InputError, match=r"data.jsonl: contains no rows"):
             read(tmp_path, text)
 
 

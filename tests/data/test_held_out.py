@@ -44,7 +44,7 @@ def test_the_held_out_rows_come_from_everywhere_in_the_file():
 def test_every_row_is_on_one_side_with_all_rows_of_its_prompt(pairs, share, seed):
     rows = [Row(str(i), f"p{prompt}", " a", " b", domain) for i, (prompt, domain) in enumerate(pairs)]
     if len({row.prompt for row in rows}) == 1:
-        with pytest.raises(InputError, match="f: .* with a single prompt cannot be divided"):
+        with pytest.raises(InputError, match=r"f: .* with a single prompt cannot be divided"):
             hold_out("f", rows, share, seed)
         return
     splits = hold_out("f", rows, share, seed)
@@ -57,9 +57,9 @@ def test_every_row_is_on_one_side_with_all_rows_of_its_prompt(pairs, share, seed
 
 
 def test_a_single_prompt_is_refused_with_a_way_on():
-    with pytest.raises(InputError, match="x.jsonl: 3 rows with a single prompt .* --test_data"):
+    with pytest.raises(InputError, match=r"x.jsonl: 3 rows with a single prompt .* --test_data"):
         hold_out("x.jsonl", rows_of("p", "p", "p"), 0.1, 1)
-    with pytest.raises(InputError, match="x.jsonl: 1 row with a single prompt"):
+    with pytest.raises(InputError, match=r"x.jsonl: 1 row with a single prompt"):
         hold_out("x.jsonl", rows_of("p"), 0.1, 1)
 
 
