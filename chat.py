@@ -36,10 +36,10 @@ def form_of_run(data: str) -> str:
     if not data:
         return "dialogue"
     results = read_manifest(Path(data) / "manifest.json")["results"]
-    form = results.get("prompt_form", "post" if results.get("task") == "tldr" else "dialogue")
+    form = results.get("prompt_form") or {"hh": "dialogue", "tldr": "post"}.get(str(results.get("task")))
     if form not in GREETINGS:
         raise InputError(f"--data {data}: not the folder of a data stage (its manifest.json has no form of prompts)")
-    return form
+    return str(form)
 
 
 def as_prompt(form: str, history: str, line: str) -> str:

@@ -60,6 +60,9 @@ def test_without_a_recorded_form_the_task_decides(tmp_path):
     manifest = {"stage": "s", "config": {}, "inputs": {}, "outputs": {}, "results": {"task": "tldr"}}
     write_json(tmp_path / "manifest.json", manifest)
     assert form_of_run(str(tmp_path)) == "post"
+    write_json(tmp_path / "manifest.json", {**manifest, "results": {"loss": 1.0}})
+    with pytest.raises(InputError, match="not the folder of a data stage"):
+        form_of_run(str(tmp_path))
     with pytest.raises(InputError, match="no such file"):
         form_of_run(str(tmp_path / "nowhere"))
 

@@ -131,10 +131,11 @@ def implicit_text(where: str, item: Item) -> Row:
 
 def ultrafeedback(where: str, item: Item) -> Row:
     """{"prompt": "...", "chosen": [message, ...], "rejected": [...], "score_chosen": 9, "score_rejected": 2}"""
-    prompt, (before, _) = text_field(where, item, "prompt"), reply_of(where, item, "chosen")
-    if before and prompt.strip() not in [text.strip() for _, text in before]:
+    prompt = text_field(where, item, "prompt")
+    (before, chosen), (other, rejected) = (reply_of(where, item, name) for name in ("chosen", "rejected"))
+    if before != other or (before and prompt.strip() not in [text.strip() for _, text in before]):
         raise Unusable("prompts differ")
-    return from_messages(where, item, before or [("user", prompt)])
+    return make_row(where, item, dialogue_text(before) if before else prompt_of(prompt), chosen, rejected)
 
 
 def sharegpt(where: str, item: Item) -> Row:
@@ -167,7 +168,8 @@ def alpaca_output(where: str, item: Item) -> Row:
 
 
 def _system(where: str, item: Item) -> list[Message]:
-    return [] if item.get("system") is None else [("system", text_field(where, item, "system"))]
+    text = "" if item.get("system") is None else text_field(where, item, "system")
+    return [("system", text)] if text.strip() else []
 
 
 # --- which format a file has -----------------------------------------------------------------------

@@ -45,6 +45,8 @@ EXAMPLES = [  # (format, object, the row's prompt)
         ASK,
     ),
     ("UltraFeedback pairs", {"prompt": "Name a colour.", "chosen": [BLUE], "rejected": [DOG]}, ASK),
+    ("UltraFeedback pairs", {"prompt": ASK, "chosen": [BLUE], "rejected": [DOG]}, ASK),
+    ("Alpaca pairs", {"instruction": "A text.\n\nTL;DR:", "system": "", "history": [], **PAIR}, "A text.\n\nTL;DR:"),
     ("ShareGPT pairs", {"conversations": [THEIRS], "chosen": GPT[0], "rejected": GPT[1]}, ASK),
     ("ShareGPT pairs", {"messages": [USER], "chosen": BLUE, "rejected": DOG, "system": "Be kind."}, "Be kind." + ASK),
     ("Alpaca pairs", {"instruction": "Name a colour.", "input": "", "chosen": "Blue.", "rejected": "Dog."}, ASK),

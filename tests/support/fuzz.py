@@ -62,8 +62,10 @@ class GoodInputs:
         self.tokenizer: Tokenizer = train_tokenizer(texts, 400, 1)
         write_rows(folder / "rows.jsonl", splits["train"][:5])
         self.rows = (folder / "rows.jsonl").read_text()
-        dialogues = [{"chosen": r.prompt + r.chosen, "rejected": r.prompt + r.rejected} for r in splits["train"][:5]]
-        self.dialogues = "".join(json.dumps(d) + "\n" for d in dialogues)
+        rows = *splits["train"][:5], *splits["test"]
+        dialogues = [{"chosen": r.prompt + r.chosen, "rejected": r.prompt + r.rejected} for r in rows]
+        lines = [json.dumps(d) + "\n" for d in dialogues]
+        self.dialogues, self.test_dialogues = "".join(lines[:5]), "".join(lines[5:])
         info = {"id": "t3_1", "post": "A post.", "title": "Title", "subreddit": "tifu"}
         comparison = {"info": info, "summaries": [{"text": " one."}, {"text": " two."}], "choice": 1, "split": "train"}
         self.comparisons = (json.dumps(comparison) + "\n") * 3
@@ -116,7 +118,7 @@ def hh_text(inputs: GoodInputs, draw: random.Random) -> None:
             {"chosen": inner.decode(errors="replace"), "rejected": "\n\nHuman: a\n\nAssistant: b"}
         ).encode()
     inputs.write("hh/base/train.jsonl", text)
-    inputs.write("hh/base/test.jsonl", inputs.dialogues.encode())
+    inputs.write("hh/base/test.jsonl", inputs.test_dialogues.encode())
     out = inputs.folder / "out"
     try:
         prepare_data.main(DataConfig(out=str(out), task="hh", data=str(inputs.folder / "hh"), train=0, test=0))
