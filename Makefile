@@ -5,7 +5,8 @@
 # Variables, set as in `make hh SEED=2`:
 #   TASK      hh or tldr, the paper's two tasks (make hh and make tldr set it)
 #   RUN       the run folder; runs/hh or runs/tldr if not set
-#   DATA      builtin, a folder in the task's official layout, or a row file (.jsonl, .jsonl.gz)
+#   DATA      builtin, a folder in the task's official layout, or a file of pairs (.jsonl, .json, .parquet; docs/data.md)
+#   TEST_DATA a file of test pairs of your own
 #   MODEL     a preset (tiny, mini, small, base, 1b, 7b) or a folder in the Hugging Face layout
 #   SEED      the seed of every random choice
 #   LOSS      the preference loss of DPO: sigmoid, ipo, sigmoid+0.1*sft, ... (docs/losses.md)
@@ -42,7 +43,7 @@ include make/tasks.mk make/flags.mk make/runs.mk make/setup.mk make/experiments.
 done      = $(foreach folder,$(1),$(RUN)/$(folder)/manifest.json)
 made_from = $(RUN)/.made-from/$(1)
 
-data_args = --task $(TASK) --data $(call as_word,$(DATA)) $(call preset,data) $(DATA_FLAGS)
+data_args = --task $(TASK) --data $(call as_word,$(DATA)) $(if $(TEST_DATA),--test_data $(test_data)) $(call preset,data) $(DATA_FLAGS)
 $(call done,data): $(call made_from,data) | .venv/.ready
 	$(call stage,prepare_data.py,$(data_args))
 

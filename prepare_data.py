@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from mpo.config import DataConfig
 from mpo.data import hh, tldr
-from mpo.data.rows import Row, read_rows, write_rows
+from mpo.data.dialogue import usual_form
+from mpo.data.formats import read_file
+from mpo.data.held_out import hold_out, sample, without_overlap
+from mpo.data.rows import Row, write_rows
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_text
@@ -16,63 +21,79 @@ from mpo.runtime.output import counts_text
 from mpo.runtime.stage import Stage
 from mpo.world.build import build, flip_labels, probe_sheet
 
+Splits = dict[str, list[Row]]
+LAYOUTS = {"hh": ("HH pairs", hh.read_folder), "tldr": ("TL;DR comparisons", tldr.read_folder)}
 
-def read(config: DataConfig, dropped: Counter[str]) -> dict[str, list[Row]]:
-    """The rows of each split, from a folder in the task's official layout or from a single row file.
 
-    The last rows of a single file, a share of --held_out, become the test split. Raises InputError for a path that
-    cannot be read, or a file with too few rows.
+def make(config: DataConfig, out: Path) -> Splits:
+    """The rows of the built-in world. Also writes the probe sheet."""
+    splits = build(config.task, config.seed, config.train, config.test)
+    splits["train"] = flip_labels(config.task, config.seed, splits["train"], config.noise)
+    prompts = max(2, min(24, config.test // 40))  # for each kind and mistake: fewer with a small test split
+    sheet = "".join(json.dumps(item) + "\n" for item in probe_sheet(config.task, config.seed, prompts))
+    write_text(out / "probe.jsonl", sheet)
+    return splits
+
+
+def read(config: DataConfig, dropped: Counter[str]) -> tuple[str, Splits]:
+    """The format of --data, and the rows of each split; `dropped` counts what was left out, by reason.
+
+    A folder in the task's official layout has splits of its own. A file is divided, unless --test_data names the test
+    rows. Raises InputError for what cannot be read, or where a split would be empty.
     """
-    path = Path(config.data)
+    path, splits = Path(config.data), Splits()
     if path.is_dir():
-        reader = hh.read_folder if config.task == "hh" else tldr.read_folder
-        return {split: reader(path, split, dropped) for split in ("train", "test")}
-    rows = read_rows(path)
-    if (tests := round(len(rows) * config.held_out)) < 1:
-        raise InputError(f"{path}: {len(rows)} rows are too few to hold any out; raise --held_out")
-    return {"train": rows[:-tests], "test": rows[-tests:]}
+        name, reader = LAYOUTS[config.task]
+        splits = {split: reader(path, split, dropped) for split in ("train", "test")[: 1 if config.test_data else 2]}
+    else:
+        name, splits["train"] = read_file(path, dropped)
+        refuse_empty(config.data, name, splits, dropped)
+    if config.test_data:
+        _, splits["test"] = read_file(Path(config.test_data), dropped)
+    elif not path.is_dir():
+        splits = hold_out(f"{path}, read as {name}", splits["train"], config.held_out, config.seed)
+    splits = without_overlap(splits, dropped)
+    refuse_empty(config.data, name, splits, dropped)
+    for split, most in (("train", config.train), ("test", config.test)):
+        kept = sample(splits[split], most, config.seed, f"rows of {split}")
+        dropped[f"beyond --{split}"] += len(splits[split]) - len(kept)
+        splits[split] = kept
+    return name, splits
 
 
-def without_overlap(splits: dict[str, list[Row]], dropped: Counter[str]) -> dict[str, list[Row]]:
-    """Drop the training rows whose prompt is in the test split, too."""
-    held_out = {row.prompt for row in splits["test"]}
-    train = [row for row in splits["train"] if row.prompt not in held_out]
-    dropped["prompt is in the test split"] += len(splits["train"]) - len(train)
-    return {"train": train, "test": splits["test"]}
+def refuse_empty(source: str, name: str, splits: Mapping[str, Sequence[Row]], dropped: Counter[str]) -> None:
+    """Raise InputError where a split has no rows."""
+    for split, rows in splits.items():
+        if not rows:
+            reasons = counts_text({f"dropped: {reason}": n for reason, n in dropped.items()})
+            raise InputError(f"{source}, read as {name}: no row is left for the {split} split; {reasons}")
 
 
 def check(config: DataConfig) -> None:
     """Refuse flags that contradict each other."""
     if config.noise and config.data != "builtin":
         raise InputError(f"--noise {config.noise}: needs the built-in world; leave out --data {config.data}")
+    if config.test_data and config.data in ("builtin", config.test_data):
+        raise InputError(f"--test_data {config.test_data}: needs --data with other rows, to train on")
 
 
 def main(config: DataConfig) -> None:
-    """Make the rows of the built-in world or read those of --data; remove overlap between the splits; write."""
-    builtin = config.data == "builtin"
-    stage = Stage(config, {} if builtin else {"data": config.data}, config.out, config.overwrite)
-    dropped: Counter[str] = Counter()
-    if builtin:
-        splits = build(config.task, config.seed, config.train, config.test)
-        splits["train"] = flip_labels(config.task, config.seed, splits["train"], config.noise)
-        prompts = max(2, min(24, config.test // 40))  # for each kind and mistake: fewer with a small test split
-        sheet = "".join(json.dumps(item) + "\n" for item in probe_sheet(config.task, config.seed, prompts))
-        write_text(stage.out / "probe.jsonl", sheet)
-    else:
-        splits = without_overlap(read(config, dropped), dropped)
-        for name, most in (("train", config.train), ("test", config.test)):
-            kept = splits[name][: most or None]
-            dropped[f"beyond --{name}"] += len(splits[name]) - len(kept)
-            splits[name] = kept
-    for name, rows in splits.items():
-        write_rows(stage.out / f"{name}.jsonl", rows)
-    counts = {name: len(rows) for name, rows in splits.items()}
-    domains = {name: dict(Counter(row.domain for row in rows)) for name, rows in splits.items()}
-    source = f"the built-in world '{config.task}'" if builtin else config.data
+    """Make the rows of the built-in world or read those of --data; write them, and what form their prompts have."""
+    builtin, dropped = config.data == "builtin", Counter[str]()
+    inputs = {} if builtin else {"data": config.data} | ({"test_data": config.test_data} if config.test_data else {})
+    stage = Stage(config, inputs, config.out, config.overwrite)
+    name, splits = ("the built-in world", make(config, stage.out)) if builtin else read(config, dropped)
+    for split, rows in splits.items():
+        write_rows(stage.out / f"{split}.jsonl", rows)
+    counts = {split: len(rows) for split, rows in splits.items()}
+    domains = {split: dict(Counter(row.domain for row in rows)) for split, rows in splits.items()}
+    form = usual_form(row.prompt for row in chain(*splits.values()))
+    source = f"the built-in world '{config.task}'" if builtin else f"{config.data}, read as {name}"
     left_out = counts_text({f"dropped: {reason}": n for reason, n in dropped.items()})
     pairs = f"{counts['train']} training and {counts['test']} test pairs from {source}"
     print(f"data: {pairs}; {left_out}" if left_out else f"data: {pairs}")
-    stage.finish(source=config.data, task=config.task, counts=counts, domains=domains, dropped=dict(+dropped))
+    about = {"format": name, "prompt_form": form, "counts": counts, "domains": domains, "dropped": dict(+dropped)}
+    stage.finish(source=config.data, task=config.task, **about)
 
 
 if __name__ == "__main__":

@@ -46,12 +46,11 @@ def main(config: DPOConfig) -> None:
     stage = Stage(config, inputs, config.out, config.overwrite)
     tokenizer, model = load_tokenizer(config.model), load_model(config.model, adapters_of(config, config.model))
     pairs, counts = encode(read_rows(config.data), tokenizer, config.max_prompt, config.max_response)
-    if len({p.row.id for p in pairs}) < len(pairs):
-        raise InputError(f"{config.data}: two rows share an id; ids must be unique")
     if any(p.row.noise is not None for p in pairs) and not objective.uses_noise:
         raise InputError(f"{config.data}: its rows carry label noise, which --loss {config.loss} ignores; take cdpo")
     counts |= left_out(pairs, config.batch)
     print(f"{stage.name}: rows: {counts_text(counts)}")
+    batches = training_batches(pairs, config.batch, config.epochs, config.seed, config.steps, counts)
     cache: RefLogps = {}
     if not objective.reference_free:
         # Without --ref, the untrained model is the reference. A separate one is freed once its log-probs are cached.
@@ -68,7 +67,6 @@ def main(config: DPOConfig) -> None:
         log_ratios.add((logps.s_w + logps.s_l).detach() / 2)
         return objective.losses(logps), pair_metrics(logps, config.beta)
 
-    batches = training_batches(pairs, config.batch, config.epochs, config.seed, config.steps)
     last = train(model, batches, losses_of, lambda pair: 1.0, config, stage, config.keep, log_ratios)
     print(f"{stage.name}: {len(batches)} steps, loss {last['loss']:.3f}, margin {last['reward_margin']:.3f}")
     save_model(stage.out, model)

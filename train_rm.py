@@ -119,7 +119,7 @@ def main(config: RMConfig) -> None:
             losses = losses + config.centring * centring(chosen, rejected)
         return losses, {"accuracy": (chosen > rejected).float()}
 
-    batches = training_batches(splits["train"], config.batch, config.epochs, config.seed)
+    batches = training_batches(splits["train"], config.batch, config.epochs, config.seed, counts=counts["train"])
     last = train(rm, batches, losses_of, lambda pair: 1.0, config, stage)
     mean, std = normalise(rm, splits["train"], config.microbatch)
     chosen, rejected = score_all(rm, splits["test"], config.microbatch)

@@ -95,7 +95,7 @@ def main(config: SFTConfig) -> None:
         batch = make_batch([(p.prompt, p.chosen) for p in pairs])
         return -response_logprobs(model, batch).logp.sum(1), {}
 
-    batches = training_batches(splits["train"], config.batch, config.epochs, config.seed)
+    batches = training_batches(splits["train"], config.batch, config.epochs, config.seed, counts=counts["train"])
     last = train(model, batches, losses_of, lambda pair: len(pair.chosen), config, stage)
     loss = held_out_loss(model, splits["test"], config.batch)
     print(f"sft: held-out loss {loss:.3f} nats per response token")

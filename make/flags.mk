@@ -13,15 +13,15 @@ not_matching  = $(shell printf '%s\n' $(foreach name,$(1),$(call quote,$(name)=$
 check         = $(if $(call given_by_user,$(1)),$(call stop,$(call not_matching,$(call given_by_user,$(1)),$(2)),$(3)))
 stop          = $(if $(1),$(error $(1): must be $(2)))
 
-# RUN and FROM are part of make's own file names, and STAGE of one of the shell's. DATA and MODEL are quoted, but make
-# expands a dollar sign and joins several spaces.
+# RUN and FROM are part of make's own file names, and STAGE of one of the shell's. DATA, TEST_DATA and MODEL are quoted,
+# but make expands a dollar sign and joins several spaces.
 comma      := ,
 hash       := \#
 plain_name := a name without spaces and other signs that mean something to make or the shell
-syntax      := [:space:]:;&|<>()$$*?"`$(hash)%=~!{}\['"'"'
+syntax     := [:space:]:;&|<>()$$*?"`$(hash)%=~!{}\['"'"'
 $(call check,RUN STAGE,'^[A-Z]+=[^]$(syntax)-][^]$(syntax)]*$$',$(plain_name))
 $(call check,FROM,'^[A-Z]+=[^]$(syntax)]*$$',$(plain_name))
-$(call check,DATA MODEL,'^[A-Z]+=[^[:space:]$$]+( [^[:space:]$$]+)*$$',a name without a dollar sign or two spaces in a row)
+$(call check,DATA TEST_DATA MODEL,'^[A-Z_]+=[^[:space:]$$]+( [^[:space:]$$]+)*$$|^TEST_DATA=$$',a name without a dollar sign or two spaces in a row)
 $(call check,SEED,'^[A-Z]+=[0-9]+$$',a number)
 $(call check,NPROC,'^[A-Z]+=[1-9][0-9]*$$',a number of processes)
 $(call check,LORA,'^[A-Z]+=[0-9]*$$',a number)
@@ -62,6 +62,8 @@ precision := $(if $(BF16),--precision bf16-mixed)
 lora      := $(if $(LORA),--lora_rank $(LORA))
 sft_lora   = $(if $(filter tiny mini small base 1b 7b,$(subst $(space),/,$(MODEL))),,$(lora))
 
+test_data = $(if $(TEST_DATA),$(call as_word,$(TEST_DATA)))
+
 # $(call by_comma,a b c): a,b,c
 by_comma = $(subst $(space),$(comma),$(strip $(1)))
 space   := $(subst x,,x x)
@@ -80,17 +82,17 @@ model_stage = $(call stage,$(launch) $(1),$(place) $(2))
 launch      = $(if $(filter-out 1,$(NPROC)),-m mpo.runtime.launch $(NPROC))
 place       = $(if $(SHARD),--shard true) $(if $(DEVICE),--device $(DEVICE))
 
-# What a stage is made from: its flags, the manifests of the stages before it, and the sizes and times of DATA or MODEL.
+# What a stage is made from: its flags, the manifests of the stages before it, and the sizes and times of DATA, TEST_DATA or MODEL.
 # This file changes only when one of them does. Then the stage's script runs. It compares the hashes of its inputs with
 # those that it read before, and does nothing where neither they nor its flags have changed.
-files_of_data      = $(DATA)
-files_of_tokenizer = $(MODEL)
-files_of_sft       = $(MODEL)
+files_of_data      = $(call quote,$(DATA)) $(test_data)
+files_of_tokenizer = $(call quote,$(MODEL))
+files_of_sft       = $(call quote,$(MODEL))
 $(RUN)/.made-from/%: FORCE | .venv/bin/python
 	@mkdir -p $(@D)
 	@{ printf '%s\n' $(call quote,--seed $(SEED) $(strip $($*_args))); \
 	   $(foreach manifest,$(filter %/manifest.json,$^),cksum < $(manifest);) \
-	   $(if $(files_of_$*),$(PY) make/stamps.py $(call quote,$(files_of_$*));) } > $@.new
+	   $(if $(files_of_$*),$(PY) make/stamps.py $(files_of_$*);) } > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
 # A line of the table in the Makefile adds the rule of its folder. The spaces that align its columns are removed.

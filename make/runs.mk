@@ -31,7 +31,7 @@ share = mkdir -p $(RUN)/.made-from; for manifest in $(FROM)/*/manifest.json; do 
 chat_takes := TASK RUN STAGE
 STAGE      ?= mpo
 chat: .venv/.ready
-	@$(PY) chat.py --model $(RUN)/$(STAGE) --task $(TASK)
+	@$(PY) chat.py --model $(RUN)/$(STAGE) $(addprefix --data ,$(patsubst %/manifest.json,%,$(wildcard $(RUN)/data/manifest.json)))
 
 report: .venv/.runtime
 	@$(PY) -m mpo.tools.report $(RUN)

@@ -104,11 +104,12 @@ class DataConfig(Common):
 
     # Data
     task: Literal["hh", "tldr"] = "hh"  # which of the paper's two tasks
-    data: str = "builtin"  # builtin, a folder in the official layout, or a row file (.jsonl, .gz)
+    data: str = "builtin"  # builtin, a folder in the task's official layout, or a file of pairs (docs/data.md)
+    test_data: str = ""  # a file of pairs that becomes the test split
     train: Count = 28000  # training pairs of the built-in world; of other data at most so many, 0 for all
     test: Count = 1600  # test pairs, in the same way
     noise: Fraction = 0.0  # built-in world: share of the training labels to flip, besides the annotators' errors
-    held_out: Annotated[float, Range(above=0, below=1)] = 0.1  # share of a single row file that becomes the test split
+    held_out: Annotated[float, Range(above=0, below=1)] = 0.1  # share of a file that becomes the test split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,8 @@ class SplitConfig(Limits):
     """Score every training pair and split by reward gap: easy, hard, contradicted.
 
     What a part is used for: dpo trains on its pairs; flip does so with the labels swapped; smooth does so with the
-    reward model's doubt of each label, for --loss cdpo, robust or exo_pair; ppo takes its prompts; drop leaves it out.
+    reward model's doubt of each label, for --loss cdpo, robust or exo_pair, and swaps the labels that are more likely
+    wrong; ppo takes its prompts; drop leaves it out.
     """
 
     # Data and models
@@ -268,7 +270,7 @@ class ChatConfig:
 
     # The model
     model: str  # folder of any stage's model
-    task: Literal["hh", "tldr"] = "hh"  # hh: a dialogue; tldr: paste a post on one line
+    data: str = ""  # folder of the data stage, for prompts in the form of its rows; without it, a dialogue
     max_new: Size = 96  # response tokens
     temperature: NonNegative = 0.7  # divides the logits; 0: always the likeliest token
     seed: Count = 1  # of the sampling

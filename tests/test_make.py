@@ -219,7 +219,7 @@ NAMES += ("a=b", "-a", "~a", "a\\b", "a[b]", "{a,b}", "a!b", "a?b", "\u00e4", "a
 
 
 @pytest.mark.parametrize(
-    "variable", ["RUN", "DATA", "MODEL", "FROM", "STAGE", "LOSS", "SEED", "DEVICE", "KERNELS", "RMS"]
+    "variable", ["RUN", "DATA", "TEST_DATA", "MODEL", "FROM", "STAGE", "LOSS", "SEED", "DEVICE", "KERNELS", "RMS"]
 )
 def test_any_name_is_quoted_or_refused_in_one_line(variable):
     accepted = []
@@ -237,9 +237,19 @@ def test_any_name_is_quoted_or_refused_in_one_line(variable):
         form = {"RUN": f"{name}/sft", "STAGE": f"runs/hh/{name}", "KERNELS": f"MPO_KERNELS={name}"}.get(variable, name)
         assert form in words or variable in ("LOSS", "RMS", "FROM"), (name, run)
     quoted = [name for name in NAMES if "$" not in name and "  " not in name]
-    expected = {"DATA": quoted, "MODEL": quoted, "RUN": ["\u00e4", "a,b", "a+b@c"], "STAGE": ["\u00e4", "a,b", "a+b@c"]}
+    expected = {
+        "DATA": quoted,
+        "TEST_DATA": quoted,
+        "MODEL": quoted,
+        "RUN": ["\u00e4", "a,b", "a+b@c"],
+        "STAGE": ["\u00e4", "a,b", "a+b@c"],
+    }
     assert accepted == expected.get(variable, accepted)
-    assert not {"a&b", "a;b", "a|b", "`id`", "$(shell id)"} & set(accepted) or variable in ("DATA", "MODEL")
+    assert not {"a&b", "a;b", "a|b", "`id`", "$(shell id)"} & set(accepted) or variable in (
+        "DATA",
+        "TEST_DATA",
+        "MODEL",
+    )
 
 
 @needs_venv

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mpo.data.hh import HUMAN
+from mpo.data.dialogue import ASSISTANT, HUMAN, form_of
 from mpo.data.rows import Row
 from mpo.data.tokenizer import Tokenizer
 from mpo.kernels.packing import Packing
@@ -88,17 +88,18 @@ def pair_batch(pairs: Sequence[Pair]) -> Batch:
 
 
 def fit_prompt(prompt: str, tokenizer: Tokenizer, most: int) -> tuple[list[int], int]:
-    """Remove the oldest turns of a prompt until it has at most `most` tokens.
+    """Remove the oldest turns of a prompt until it has at most `most` tokens. A system message in front is kept.
 
     Returns the ids and the number of turns removed, or ([], 0) if the last turn alone is too long: the row must then
     be dropped.
     """
     ids, cut = tokenizer.prompt_ids(prompt), 0
+    system = "" if prompt.startswith(ASSISTANT) else prompt[: max(0, prompt.find(HUMAN))]
     while len(ids) > most:
-        later = prompt.find(HUMAN, 1)
-        if later < 0:
+        later = prompt.find(HUMAN, len(system) + 1)
+        if later < 0 or form_of(prompt) != "dialogue":
             return [], 0
-        prompt, cut = prompt[later:], cut + 1
+        prompt, cut = system + prompt[later:], cut + 1
         ids = tokenizer.prompt_ids(prompt)
     return ids, cut
 
@@ -138,13 +139,30 @@ def shuffled_batches(pairs: Sequence[Pair], batch: int, seed: int, epoch: int) -
         yield [pairs[i] for i in order[start : start + batch]]
 
 
-def training_batches(pairs: Sequence[Pair], batch: int, epochs: float, seed: int, steps: int = 0) -> list[list[Pair]]:
+def too_few(pairs: int, batch: int, counts: Mapping[str, int]) -> InputError:
+    """The refusal of fewer rows than a batch needs. It names what `encode` has dropped, if the rest would have done."""
+    dropped = {k.removeprefix("dropped: "): n for k, n in counts.items() if k.startswith("dropped: ")}
+    rows = pairs + sum(dropped.values())
+    mend = "lower --batch or add rows"
+    if rows < batch:
+        return InputError(f"{pairs} rows do not fill one batch of {batch}; {mend}")
+    reasons = sorted(dropped, key=lambda reason: -dropped[reason])
+    flags = {"a response longer": "raise --max_response, ", "prompt longer": "raise --max_prompt, "}
+    mend = "".join(raise_it for start, raise_it in flags.items() if reasons[0].startswith(start)) + mend
+    why = ", ".join(f"{reason}: {dropped[reason]}" for reason in reasons)
+    left = f"{pairs} rows do not fill one batch of {batch}"
+    return InputError(f"{left}: {rows - pairs} of {rows} rows were dropped ({why}); {mend}")
+
+
+def training_batches(
+    pairs: Sequence[Pair], batch: int, epochs: float, seed: int, steps: int = 0, counts: Mapping[str, int] | None = None
+) -> list[list[Pair]]:
     """All batches of a stage, in order: `steps` of them or, if that is 0, those of `epochs` (which may be a fraction).
 
-    Raises InputError where there are fewer rows than one batch needs.
+    Raises InputError where there are fewer rows than one batch needs; `counts`, from `encode`, says why there are few.
     """
     if len(pairs) < batch:
-        raise InputError(f"{len(pairs)} rows do not fill one batch of {batch}; lower --batch or add rows")
+        raise too_few(len(pairs), batch, counts or {})
 
     def forever() -> Iterator[list[Pair]]:
         epoch = 0

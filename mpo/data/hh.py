@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from mpo.data.rows import Row, read_jsonl, text_field
+from mpo.data.dialogue import ASSISTANT, HUMAN
+from mpo.data.files import convert_all, one_of_each
+from mpo.data.rows import Found, Item, Row, Unusable, make_row, read_jsonl, text_field, with_ids
 from mpo.runtime.errors import InputError
-
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def split_dialogue(where: str, text: str) -> tuple[str, str]:
@@ -17,6 +17,8 @@ def split_dialogue(where: str, text: str) -> tuple[str, str]:
 
     Raises InputError, with `where` in front, for a text that is not a dialogue.
     """
+    if text.lstrip().startswith("Human:"):
+        text = "\n\n" + text.lstrip()  # copies of the data set may lack the line breaks in front
     at = text.rfind(ASSISTANT)
     if at < 0 or not text.startswith(HUMAN):
         raise InputError(f"{where}: not a dialogue of '\\n\\nHuman:' and '\\n\\nAssistant:' turns")
@@ -24,25 +26,24 @@ def split_dialogue(where: str, text: str) -> tuple[str, str]:
     return text[:at], text[at:]
 
 
-def parse(where: str, item: dict[str, Any], row_id: str, domain: str, dropped: Counter[str]) -> Row | None:
-    """Convert one official row. Returns None, and counts the reason in `dropped`, where it does not make a pair.
+def parse(where: str, item: Item, domain: str = "") -> Row:
+    """Convert one official row.
 
-    A few pairs of dialogues differ before the last reply. They do not answer the same prompt and are dropped, too.
+    A few pairs of dialogues differ before the last reply. They do not answer the same prompt, and are unusable.
 
-    Raises InputError, with `where` in front, for a row of another form.
+    Raises InputError, with `where` in front, for a row of another form; Unusable where it makes no pair.
     """
     prompt, chosen = split_dialogue(where, text_field(where, item, "chosen"))
     other, rejected = split_dialogue(where, text_field(where, item, "rejected"))
     for reason, holds in (
         ("prompts differ", prompt != other),
         ("empty response", not chosen.strip() or not rejected.strip()),
-        ("same response twice", chosen == rejected),
-        ("human turn within a response", HUMAN in chosen or HUMAN in rejected),
+        ("same response twice", chosen.strip() == rejected.strip()),
+        ("a turn within a response", HUMAN in chosen or HUMAN in rejected),
     ):
         if holds:
-            dropped[reason] += 1
-            return None
-    return Row(row_id, prompt, " " + chosen.strip(), " " + rejected.strip(), domain)
+            raise Unusable(reason)
+    return make_row(where, item, prompt, chosen, rejected, domain)
 
 
 def read_folder(folder: Path, split: str, dropped: Counter[str]) -> list[Row]:
@@ -54,12 +55,11 @@ def read_folder(folder: Path, split: str, dropped: Counter[str]) -> list[Row]:
     """
     files = sorted(p for p in folder.glob(f"*/{split}.jsonl*") if p.name.endswith((".jsonl", ".jsonl.gz")))
     if not files:
-        raise InputError(f"{folder}: has no <subset>/{split}.jsonl.gz; expected the layout of HH-RLHF")
-    rows = []
-    for file in files:
+        raise InputError(
+            f"{folder}: has no <subset>/{split}.jsonl.gz; expected the layout of HH-RLHF (to read one file, name it)"
+        )
+    found = list[Found]()
+    for file in one_of_each(files):
         subset = file.parent.name
-        for i, (where, item) in enumerate(read_jsonl(file)):
-            row = parse(where, item, f"{subset}-{split}-{i}", subset, dropped)
-            if row is not None:
-                rows.append(row)
-    return rows
+        found += convert_all(read_jsonl(file), partial(parse, domain=subset), f"{subset}-{split}", dropped)
+    return with_ids(found)

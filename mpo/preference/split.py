@@ -17,15 +17,17 @@ from mpo.data.rows import Row
 from mpo.runtime.errors import InputError
 from mpo.runtime.seeding import generator
 
+DOUBT = (1e-6, 0.499999)  # the smallest and largest noise: exo_pair is not defined at 0, and robust not at 1/2
+
 
 @dataclass(frozen=True)
 class Split:
     """Row indices of each part, and the threshold that made them."""
 
     gamma: float
-    easy: list[int]  # gap >= gamma
-    hard: list[int]  # |gap| < gamma
-    contradicted: list[int]  # gap <= -gamma
+    easy: list[int]  # gap >= gamma, and above 0
+    hard: list[int]  # the rest: |gap| < gamma, or a gap of 0
+    contradicted: list[int]  # gap <= -gamma, and below 0
 
     @property
     def parts(self) -> dict[str, list[int]]:
@@ -49,18 +51,34 @@ def parse_gamma(gamma: str) -> tuple[bool, float]:
 
 
 def threshold(gaps: Tensor, gamma: str) -> float:
-    """The threshold that a --gamma flag asks for, given the gaps (N,). Raises InputError (`parse_gamma`)."""
+    """The threshold that a --gamma flag asks for, given the gaps (N,); 0 for a quantile of gaps most of which are 0.
+
+    Raises InputError (`parse_gamma`, `check_finite`).
+    """
     is_quantile, number = parse_gamma(gamma)
+    check_finite(gaps)
     return float(gaps.double().abs().quantile(number)) if is_quantile else number
 
 
+def check_finite(gaps: Tensor) -> None:
+    """Raise InputError for a gap that is not finite: it belongs to no part."""
+    if bad := int((~gaps.isfinite()).sum()):
+        raise InputError(f"{bad} of {len(gaps)} reward gaps are not finite numbers; train the reward model again")
+
+
 def split_by_gap(gaps: Tensor, gamma: float) -> Split:
-    """Easy, hard and contradicted by the gap r(chosen) - r(rejected), (N,)."""
+    """Easy, hard and contradicted by the gap r(chosen) - r(rejected), (N,). Every pair is in exactly one part.
+
+    Raises InputError (`check_finite`).
+    """
+    check_finite(gaps)
+    gaps = gaps.double()  # the threshold is one, too, and would be rounded to the type of the gaps
+    easy, contradicted = (gaps >= gamma) & (gaps > 0), (gaps <= -gamma) & (gaps < 0)
 
     def where(condition: Tensor) -> list[int]:
         return condition.nonzero().flatten().tolist()
 
-    return Split(gamma, where(gaps >= gamma), where(gaps.abs() < gamma), where(gaps <= -gamma))
+    return Split(gamma, where(easy), where(~(easy | contradicted)), where(contradicted))
 
 
 def gap_over_uncertainty(gaps: Tensor) -> Tensor:
@@ -70,6 +88,7 @@ def gap_over_uncertainty(gaps: Tensor) -> Tensor:
     """
     if len(gaps) < 2:
         raise InputError("--by uncertainty: needs two or more reward models: --rm folder,folder")
+    gaps = gaps.double()  # squares and quotients of large gaps stay finite
     return gaps.mean(0) / (gaps.std(0) / len(gaps) ** 0.5).clamp(min=1e-6)
 
 
@@ -95,9 +114,10 @@ def assign(split: Split, rows: Sequence[Row], log_odds: Tensor, uses: Mapping[st
     Args:
         rows: all N rows.
         log_odds: (N,), of each row's label, by the reward model.
-        uses: part -> dpo (train on the pair), flip (on the pair with its label swapped), smooth (on the pair, with
-            sig(-log_odds) as the probability that its label is wrong, for losses that use label noise), ppo (sample
-            from its prompt), or drop.
+        uses: part -> dpo (train on the pair), flip (on the pair with its label swapped), smooth (on the pair, with the
+            probability that its label is wrong, for losses that use label noise), ppo (sample from its prompt), or
+            drop. That probability is sig(-log_odds). A label that is more likely wrong than right is swapped, and the
+            probability becomes sig(log_odds): a loss that weighs both labels stays the same.
     """
     use_of = {i: uses[name] for name, index in split.parts.items() for i in index}
     for_dpo, for_ppo = [], []
@@ -107,7 +127,9 @@ def assign(split: Split, rows: Sequence[Row], log_odds: Tensor, uses: Mapping[st
         elif use_of[i] == "flip":
             for_dpo.append(replace(row, chosen=row.rejected, rejected=row.chosen))
         elif use_of[i] == "smooth":
-            for_dpo.append(replace(row, noise=round(float(torch.sigmoid(-log_odds[i])), 6)))
+            noise = round(float(torch.sigmoid(-log_odds[i].abs()).clamp(*DOUBT)), 6)
+            pair = (row.chosen, row.rejected) if log_odds[i] >= 0 else (row.rejected, row.chosen)
+            for_dpo.append(replace(row, chosen=pair[0], rejected=pair[1], noise=noise))
         elif use_of[i] == "ppo":
             for_ppo.append(row)
     return for_dpo, for_ppo

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo.config import EvalConfig
-from mpo.data.hh import ASSISTANT
+from mpo.data.dialogue import ASSISTANT
 from mpo.evaluation import stratified
 from mpo.runtime.entry import one_argument, run_plain
 from mpo.runtime.errors import InputError

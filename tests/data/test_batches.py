@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpo.data.batches import encode, fit_prompt, make_batch, pair_batch, shuffled_batches
+from mpo.data.batches import encode, fit_prompt, make_batch, pair_batch, shuffled_batches, training_batches
 from mpo.data.rows import Row
 from mpo.kernels.functions import Packing
 from mpo.runtime.errors import InputError
@@ -56,6 +56,47 @@ def test_a_long_dialogue_loses_its_oldest_turns(tokenizer):
     assert cut == 1
     assert ids == tokenizer.prompt_ids("\n\nHuman: And what about Peru?\n\nAssistant:")
     assert fit_prompt(prompt, tokenizer, 3) == ([], 0)
+
+
+def test_a_long_dialogue_keeps_the_system_message_in_front(tokenizer):
+    system = "You are kind."
+    prompt = f"{system}\n\nHuman: Hi there.\n\nAssistant: It is Paris.\n\nHuman: And Peru?\n\nAssistant:"
+    shorter = f"{system}\n\nHuman: And Peru?\n\nAssistant:"
+    room = len(tokenizer.prompt_ids(shorter))
+    assert fit_prompt(prompt, tokenizer, room) == (tokenizer.prompt_ids(shorter), 1)
+    assert fit_prompt(prompt, tokenizer, room - 1) == ([], 0)
+    greeting = "\n\nAssistant: Welcome.\n\nHuman: Hi there.\n\nAssistant:"
+    assert fit_prompt(greeting, tokenizer, len(tokenizer.prompt_ids(greeting)) - 1) == (
+        tokenizer.prompt_ids("\n\nHuman: Hi there.\n\nAssistant:"),
+        1,
+    )
+
+
+def test_a_long_text_that_is_no_dialogue_is_not_cut(tokenizer):
+    text = "A post.\n\nHuman: one\n\nHuman: two\n\nTL;DR:"
+    assert fit_prompt(text, tokenizer, len(tokenizer.prompt_ids(text)) - 1) == ([], 0)
+
+
+def test_too_few_rows_name_what_was_dropped(tokenizer):
+    good = Row("", "\n\nHuman: Hi\n\nAssistant:", " Yes.", " No.")
+    long = Row("", good.prompt, " Yes." * 50, " No.")
+    pairs, counts = encode([good] * 3 + [long] * 6 + [Row("", good.prompt, "", " No.")], tokenizer, 40, 20)
+    with pytest.raises(InputError) as refused:
+        training_batches(pairs, 8, 1.0, 1, counts=counts)
+    assert str(refused.value) == (
+        "3 rows do not fill one batch of 8: 7 of 10 rows were dropped (a response longer than 20 tokens: 6, "
+        "empty response: 1); raise --max_response, lower --batch or add rows"
+    )
+    pairs, counts = encode([good] * 3 + [Row("", "\n\nHuman: " + "Hi " * 99, " a", " b")] * 9, tokenizer, 40, 20)
+    with pytest.raises(InputError, match=r"9 of 12 .*prompt longer than 40 tokens: 9\); raise --max_prompt, lower"):
+        training_batches(pairs, 8, 1.0, 1, counts=counts)
+
+
+def test_too_few_rows_from_the_start_do_not_blame_what_was_dropped(tokenizer):
+    good = Row("", "\n\nHuman: Hi\n\nAssistant:", " Yes.", " No.")
+    pairs, counts = encode([good] * 3 + [Row("", good.prompt, "", " No.")], tokenizer, 40, 20)
+    with pytest.raises(InputError, match=r"^3 rows do not fill one batch of 8; lower --batch or add rows$"):
+        training_batches(pairs, 8, 1.0, 1, counts=counts)
 
 
 def test_what_does_not_fit_is_dropped_and_counted(tokenizer):

@@ -6,8 +6,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mpo.data.rows import Row
+from mpo.data.rows import Row, read_rows, write_rows
+from mpo.preference.losses import NOISE_AWARE, PREFERENCE_LOSSES, PairLogps
 from mpo.preference.split import assign, control, gap_over_uncertainty, split_by_gap, threshold
 from mpo.runtime.errors import InputError
 
@@ -19,6 +22,37 @@ def test_the_parts_by_hand():
     assert split.easy == [0, 4]  # gap >= 1
     assert split.hard == [1, 2, 5, 7]  # |gap| < 1
     assert split.contradicted == [3, 6]  # gap <= -1
+
+
+def test_a_gap_of_zero_is_hard_even_if_gamma_is_zero():
+    gaps = torch.tensor([0.0, 0.0, -0.0, 0.0, 3.0, -2.0])
+    split = split_by_gap(gaps, threshold(gaps, "q0.5"))  # the median of |gap| is 0
+    assert (split.gamma, split.easy, split.hard, split.contradicted) == (0, [4], [0, 1, 2, 3], [5])
+
+
+VALUES = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 3.4e38, -3.4e38]) | st.floats(allow_nan=False, width=32)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(VALUES.filter(math.isfinite), min_size=1, max_size=20),
+    st.sampled_from(["q0.01", "q0.5", "q0.99", "0.7", "1e-300", "1e300"]),
+)
+def test_every_pair_is_in_exactly_one_part(values, gamma):
+    gaps = torch.tensor(values)
+    split = split_by_gap(gaps, threshold(gaps, gamma))
+    assert sorted(split.easy + split.hard + split.contradicted) == list(range(len(values)))
+    assert all(gaps[i] > 0 and gaps[i] >= split.gamma for i in split.easy)
+    assert all(gaps[i] < 0 and -gaps[i] >= split.gamma for i in split.contradicted)
+    assert all(gaps[i] == 0 or abs(float(gaps[i])) < split.gamma for i in split.hard)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_gaps_that_are_not_finite_are_refused(bad):
+    gaps = torch.tensor([1.0, bad, 0.0])
+    for refused in (lambda: threshold(gaps, "q0.5"), lambda: split_by_gap(gaps, 1.0)):
+        with pytest.raises(InputError, match="1 of 3 reward gaps are not finite"):
+            refused()
 
 
 def test_gamma_as_a_number_and_as_a_quantile():
@@ -74,8 +108,31 @@ def test_flip_smooth_and_drop():
     assert [r.id for r in for_dpo] == ["1", "2", "3", "5", "6", "7"]
     flipped, smoothed = for_dpo[2], for_dpo[0]
     assert (flipped.chosen, flipped.rejected, flipped.noise) == ("l3", "w3", None)
-    # gap -0.5, log-odds -1: the reward model finds this label wrong with probability sig(1)
-    assert (smoothed.chosen, smoothed.noise) == ("w1", pytest.approx(1 / (1 + math.exp(-1)), abs=1e-6))
+    # gap -0.5, log-odds -1: the reward model finds this label wrong with probability sig(1), and swapped with sig(-1)
+    assert (smoothed.chosen, smoothed.rejected) == ("l1", "w1")
+    assert smoothed.noise == pytest.approx(1 / (1 + math.exp(1)), abs=1e-6)
+    # gap 0.5, log-odds 1: the label is more likely right, and stays
+    assert (for_dpo[1].chosen, for_dpo[1].noise) == ("w2", smoothed.noise)
+
+
+def test_smoothed_rows_can_be_read_whatever_the_reward_model_thinks(tmp_path):
+    uses = dict.fromkeys(("easy", "hard", "contradicted"), "smooth")
+    log_odds = torch.tensor([0.0, 1e-9, -1e-9, 100.0, -100.0, 3.0, -3.0, 1e30])
+    for_dpo, _ = assign(split_by_gap(GAPS, 1.0), ROWS, log_odds, uses)
+    write_rows(tmp_path / "rows.jsonl", for_dpo)
+    read = read_rows(tmp_path / "rows.jsonl")
+    assert read == for_dpo
+    assert all(0 < row.noise < 0.5 for row in read)
+
+
+@pytest.mark.parametrize("name", sorted(NOISE_AWARE))
+def test_swapping_a_doubted_label_leaves_the_loss_as_it_is(name):
+    s_w, s_l = torch.tensor([0.3, -2.0], dtype=torch.double), torch.tensor([1.1, 0.4], dtype=torch.double)
+    zero, one, noise = torch.zeros(2).double(), torch.ones(2).double(), torch.tensor([0.8, 0.6]).double()
+    loss = PREFERENCE_LOSSES[name]
+    kept = loss(PairLogps(s_w, s_l, zero, zero, one, one, noise), beta=0.5)
+    swapped = loss(PairLogps(s_l, s_w, zero, zero, one, one, 1 - noise), beta=0.5)
+    torch.testing.assert_close(kept, swapped)
 
 
 def test_gap_over_uncertainty_by_hand():

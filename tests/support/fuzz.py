@@ -30,6 +30,7 @@ from mpo import config as configs
 from mpo.config import DataConfig, DPOConfig, Range
 from mpo.data import hh, tldr
 from mpo.data.batches import encode
+from mpo.data.formats import read_file
 from mpo.data.rows import read_rows, write_rows
 from mpo.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from mpo.model.checkpoint import load_model, load_scalar, save_model
@@ -62,8 +63,10 @@ class GoodInputs:
         self.tokenizer: Tokenizer = train_tokenizer(texts, 400, 1)
         write_rows(folder / "rows.jsonl", splits["train"][:5])
         self.rows = (folder / "rows.jsonl").read_text()
-        dialogues = [{"chosen": r.prompt + r.chosen, "rejected": r.prompt + r.rejected} for r in splits["train"][:5]]
-        self.dialogues = "".join(json.dumps(d) + "\n" for d in dialogues)
+        rows = *splits["train"][:5], *splits["test"]
+        dialogues = [{"chosen": r.prompt + r.chosen, "rejected": r.prompt + r.rejected} for r in rows]
+        lines = [json.dumps(d) + "\n" for d in dialogues]
+        self.dialogues, self.test_dialogues = "".join(lines[:5]), "".join(lines[5:])
         info = {"id": "t3_1", "post": "A post.", "title": "Title", "subreddit": "tifu"}
         comparison = {"info": info, "summaries": [{"text": " one."}, {"text": " two."}], "choice": 1, "split": "train"}
         self.comparisons = (json.dumps(comparison) + "\n") * 3
@@ -116,7 +119,7 @@ def hh_text(inputs: GoodInputs, draw: random.Random) -> None:
             {"chosen": inner.decode(errors="replace"), "rejected": "\n\nHuman: a\n\nAssistant: b"}
         ).encode()
     inputs.write("hh/base/train.jsonl", text)
-    inputs.write("hh/base/test.jsonl", inputs.dialogues.encode())
+    inputs.write("hh/base/test.jsonl", inputs.test_dialogues.encode())
     out = inputs.folder / "out"
     try:
         prepare_data.main(DataConfig(out=str(out), task="hh", data=str(inputs.folder / "hh"), train=0, test=0))
@@ -131,6 +134,33 @@ def comparisons(inputs: GoodInputs, draw: random.Random) -> None:
     """TL;DR comparison files."""
     inputs.write("tldr/comparisons/train.json", broken_lines(inputs.comparisons, draw))
     tldr.read_folder(inputs.folder / "tldr", "train", Counter())
+
+
+def formats(inputs: GoodInputs, draw: random.Random) -> None:
+    """Files of pairs in the formats of other projects, as lines or as a list. The format itself may be broken, too."""
+    message = (
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "Yes."},
+        {"from": "gpt", "value": "No."},
+    )
+    good = draw.choice(
+        (
+            {"prompt": "Hi.", "chosen": "Yes.", "rejected": "No.", "margin": 1},
+            {"prompt": [message[0]], "chosen": [message[1]], "rejected": [message[2]], "score_chosen": 1},
+            {"chosen": [*message[:2]], "rejected": [message[0], message[2]]},
+            {"prompt": "Hi.", "chosen": [*message[:2]], "rejected": [message[0], message[2]], "score_rejected": 2},
+            {"conversations": [message[0]], "chosen": message[1], "rejected": message[2], "system": "Be kind."},
+            {"instruction": "Hi.", "input": "", "output": ["Yes.", "No."], "history": [["a", "b"]]},
+            {"chosen": "The sky is blue.", "rejected": "The sky is far."},
+        )
+    )
+    if draw.random() < 0.5:
+        content = broken_lines((json.dumps(good) + "\n") * 3, draw)
+    else:
+        content = broken_json(json.dumps([good] * 3), draw)
+    _, pairs = read_file(inputs.write("case.json", content), Counter())
+    for row in pairs:
+        inputs.tokenizer.prompt_ids(row.prompt)
 
 
 def tokenizer(inputs: GoodInputs, draw: random.Random) -> None:
@@ -242,7 +272,21 @@ def manifest(inputs: GoodInputs, draw: random.Random) -> None:
 
 TARGETS: dict[str, Callable[[GoodInputs, random.Random], None]] = {
     f.__name__: f
-    for f in (rows, gz, hh_text, comparisons, tokenizer, config, weights, index, flags, losses, saves, manifest)
+    for f in (
+        rows,
+        gz,
+        hh_text,
+        comparisons,
+        formats,
+        tokenizer,
+        config,
+        weights,
+        index,
+        flags,
+        losses,
+        saves,
+        manifest,
+    )
 }
 NAMELESS = (
     "flags",

@@ -1,0 +1,75 @@
+"""The text of a prompt. This is the one place where messages become text, and where the form of a text is told.
+
+A prompt has one of three forms:
+- dialogue: turns as in HH-RLHF, "\\n\\nHuman: ...\\n\\nAssistant: ...", that end in "\\n\\nAssistant:"; text before the
+  first turn is a system message;
+- post: a Reddit post as in TL;DR, from "SUBREDDIT:" to "TL;DR:";
+- text: anything else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+
+from mpo.data.rows import Unusable
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+MARKS = {"user": HUMAN, "assistant": ASSISTANT}
+SUMMARISE = "TL;DR:"
+
+Message = tuple[str, str]
+"""(role, text). The role is system, user or assistant."""
+
+
+def dialogue_text(messages: Sequence[Message]) -> str:
+    """Messages up to the user's last one, as the text of a dialogue. System messages stand in front, without a mark.
+
+    Raises Unusable where the answer would not come next, or where the text of a message would read as turns.
+    """
+    system = [text.strip() for _, text in takewhile(lambda message: message[0] == "system", messages)]
+    turns = messages[len(system) :]
+    if any(role == "system" for role, _ in turns):
+        raise Unusable("a system message after the first turn")
+    if not turns or turns[-1][0] != "user":
+        raise Unusable("the prompt does not end with the user's turn")
+    prompt = "\n\n".join(filter(None, system))
+    prompt += "".join(f"{MARKS[role]} {text.strip()}" for role, text in turns) + ASSISTANT
+    if prompt.count(HUMAN) + prompt.count(ASSISTANT) != len(turns) + 1:
+        raise Unusable("a turn within the text of a turn")
+    return prompt
+
+
+def prompt_of(text: str) -> str:
+    """A prompt that another format has as one string. Dialogues and texts that end in "TL;DR:" are kept as they are.
+
+    Anything else becomes the user's turn of a dialogue. Raises Unusable as `dialogue_text` does.
+    """
+    if text.rstrip().endswith(SUMMARISE):
+        return text.rstrip()
+    dialogue = "\n\n" + text.strip()
+    if dialogue.startswith(HUMAN) and dialogue.rfind(HUMAN) > dialogue.rfind(ASSISTANT):
+        dialogue += ASSISTANT
+    if dialogue.endswith(ASSISTANT) and HUMAN in dialogue:
+        return dialogue if dialogue.startswith(HUMAN) else text.strip()
+    if dialogue.startswith(HUMAN):
+        raise Unusable("the prompt does not end with the user's turn")
+    return dialogue_text([("user", text)])
+
+
+def is_blank(prompt: str) -> bool:
+    """True for a prompt without a word in it."""
+    return not prompt.replace(HUMAN, "").replace(ASSISTANT, "").strip()
+
+
+def form_of(prompt: str) -> str:
+    """The form of a prompt: dialogue, post or text."""
+    if prompt.endswith(ASSISTANT) and HUMAN in prompt:
+        return "dialogue"
+    return "post" if prompt.startswith("SUBREDDIT:") and prompt.endswith(SUMMARISE) else "text"
+
+
+def usual_form(prompts: Iterable[str]) -> str:
+    """The form that most of the prompts have."""
+    return Counter(form_of(prompt) for prompt in prompts).most_common(1)[0][0]

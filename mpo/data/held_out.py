@@ -1,0 +1,64 @@
+"""Which rows are held out for testing, and which are taken where a flag asks for fewer than there are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from mpo.data.rows import Row
+from mpo.runtime.errors import InputError
+from mpo.runtime.seeding import generator
+
+
+def hold_out(source: str, rows: Sequence[Row], share: float, seed: int) -> dict[str, list[Row]]:
+    """Divide rows at random into {"train": ..., "test": ...}, both in the order of the rows.
+
+    All rows of a prompt are on one side. Each domain gives about the same share of its rows, and the test split has
+    at least one row; it has more than `share` of all rows only if no prompt has so few.
+
+    Raises InputError, with `source` in front, where all rows have the same prompt.
+    """
+    prompts: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        prompts.setdefault(row.prompt, []).append(i)
+    if len(prompts) < 2:
+        raise InputError(
+            f"{source}: {len(rows)} row{'s'[: len(rows) > 1]} with a single prompt cannot be divided into training and "
+            f"test rows; name a file of test rows with --test_data"
+        )
+    order = torch.randperm(len(prompts), generator=generator(seed, "held out")).tolist()
+    groups = [list(prompts.values())[i] for i in order]
+    sizes, before, places = Counter(row.domain for row in rows), Counter[str](), list[float]()
+    for group in groups:  # the place of a prompt in its domain, from 0 to 1: the first in every domain are held out
+        domain = rows[group[0]].domain
+        places.append((before[domain] + len(group) / 2) / sizes[domain])
+        before[domain] += len(group)
+    in_turn: list[list[int]] = [groups[i] for i in sorted(range(len(groups)), key=lambda i: places[i])]
+    most, test = max(1, round(share * len(rows))), set[int]()
+    for group in in_turn:
+        if len(test) + len(group) <= min(most, len(rows) - 1):
+            test.update(group)
+    if not test:
+        test.update(sorted(in_turn, key=len)[0])
+    return {
+        "train": [row for i, row in enumerate(rows) if i not in test],
+        "test": [row for i, row in enumerate(rows) if i in test],
+    }
+
+
+def sample(rows: Sequence[Row], most: int, seed: int, purpose: str) -> list[Row]:
+    """At most so many rows, chosen at random and kept in order; all of them if `most` is 0."""
+    if not most or len(rows) <= most:
+        return list(rows)
+    chosen = torch.randperm(len(rows), generator=generator(seed, purpose))[:most]
+    return [rows[i] for i in chosen.sort().values.tolist()]
+
+
+def without_overlap(splits: dict[str, list[Row]], dropped: Counter[str]) -> dict[str, list[Row]]:
+    """Drop the training rows whose prompt is in the test split, too."""
+    held_out = {row.prompt for row in splits["test"]}
+    train = [row for row in splits["train"] if row.prompt not in held_out]
+    dropped["prompt is in the test split"] += len(splits["train"]) - len(train)
+    return {"train": train, "test": splits["test"]}
