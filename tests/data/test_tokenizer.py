@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpo.data.tokenizer import TURNS, load_tokenizer
+from mpo.data.tokenizer_files import TokenizerFiles
 from mpo.data.vocabulary import Sentencepiece
 from mpo.runtime.errors import InputError
 from tests.conftest import STORIES, needs_stories
@@ -71,7 +72,7 @@ def test_damaged_or_missing_model_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"tokenizer.model: no such file"):
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="not a sentencepiece model"):
-        Sentencepiece(b"nonsense", "there")
+        Sentencepiece(TokenizerFiles("there", {"tokenizer.model": b"nonsense"}))
 
 
 @needs_stories
