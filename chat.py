@@ -6,19 +6,25 @@ from mpo.config import ChatConfig
 from mpo.data.batches import fit_prompt
 from mpo.data.hh import ASSISTANT, HUMAN
 from mpo.data.tldr import prompt_text
-from mpo.data.tokenizer import load_tokenizer
+from mpo.data.tokenizer import shared_tokenizer
 from mpo.model.checkpoint import load_model
 from mpo.model.generate import Sampling, generate
 from mpo.runtime import device
 from mpo.runtime.entry import run
+from mpo.runtime.errors import InputError
 from mpo.runtime.seeding import generator
 
 
 def main(config: ChatConfig) -> None:
     """Answer each line that is typed. With --task hh, the prompt is the dialogue since the last empty line."""
     device.start(config.device)
-    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    room = model.config.max_position_embeddings - config.max_new
+    tokenizer, model = shared_tokenizer([("--model", config.model)]), load_model(config.model)
+    room = model.config.longest - config.max_new
+    if room < 1:
+        raise InputError(
+            f"--max_new {config.max_new}: leaves no room for a prompt, since {config.model} takes at most "
+            f"{model.config.longest} tokens"
+        )
     print(
         f"{config.model}: type a {'message' if config.task == 'hh' else 'post'}; empty line: start over, Ctrl-D: quit"
     )
