@@ -49,7 +49,7 @@ $(foreach rm,$(more_rms),$(eval $(rm)_args = $$(rm_args) $$($(rm)_FLAGS)))
 
 # The files of DATA and MODEL that a stage reads: it is run again when one of them changes.
 data_files  := $(wildcard $(filter-out builtin,$(DATA)) $(addprefix $(DATA)/,*/*.jsonl */*.gz comparisons/*.json))
-model_files := $(wildcard $(addprefix $(MODEL)/,config.json *.safetensors tokenizer.model tokenizer.json))
+model_files := $(wildcard $(addprefix $(MODEL)/,*.json *.safetensors tokenizer.model merges.txt *.jinja))
 
 # $(call stage,script,flags): the command of a stage. With $(call model_stage,...) the stage may run in several
 # processes. NPROC, SHARD and DEVICE change the result by no more than rounding, so they are not kept in .flags/ and a

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,24 @@ class TokenizerFiles:
             self._parsed[name] = value
         return self._parsed[name]
 
-    def special(self, kind: str) -> str | None:
-        """The text of the special token of this kind; None if the tokenizer's files give none."""
-        given = (self.read(name).get(f"{kind}_token") for name in (CONFIG, OF_SPECIALS))
+    @property
+    def read_elsewhere(self) -> tuple[str, ...]:
+        """The files that transformers asks for special tokens, the one that decides first."""
+        return (CONFIG,) if "added_tokens_decoder" in self.read(CONFIG) else (OF_SPECIALS, CONFIG)
+
+    def special(self, kind: str, names: Sequence[str] = ()) -> str | None:
+        """The text of the special token of this kind in these files, or in all of them; None if they give none."""
+        given = (self.read(name).get(f"{kind}_token") for name in names or (*self.read_elsewhere, OF_SPECIALS))
         return next((text for token in given if (text := _text(token)) is not None), None)
 
     def special_texts(self) -> set[str]:
         """The texts of all tokens that the files call special."""
         texts = {self.special(kind) for kind in KINDS}
         for name in (CONFIG, OF_SPECIALS):
-            more = self.read(name).get("additional_special_tokens")
-            texts |= {_text(token) for token in more} if isinstance(more, list) else set()
+            for field_name in ("additional_special_tokens", "extra_special_tokens"):
+                more = self.read(name).get(field_name)
+                more = list(more.values()) if isinstance(more, dict) else more
+                texts |= {_text(token) for token in more} if isinstance(more, list) else set()
         tokens = [*_objects(self.read(CONFIG).get("added_tokens_decoder")).values(), *self._of_json()]
         texts |= {_text(token) for token in tokens if isinstance(token, dict) and token.get("special")}
         return {text for text in texts if text}

@@ -208,12 +208,13 @@ def _rules(files: TokenizerFiles, known: dict[str, int | None]) -> tuple[int, in
 def _with_names(
     files: TokenizerFiles, known: dict[str, int | None], piece: Callable[[int], str], new: dict[str, Any]
 ) -> dict[str, bytes]:
-    """The files to write: those that are there. tokenizer_config.json also gets special tokens that no file names.
+    """The files to write: those that are there. tokenizer_config.json also gets special tokens that are named nowhere.
 
     transformers would otherwise take a default such as "<s>", even where it is no token, or none. `new`: the rest of
     a tokenizer_config.json that has to be made.
     """
-    named = {f"{k}_token": piece(id) for k, id in known.items() if id is not None and files.special(k) is None}
+    missing = {kind: id for kind, id in known.items() if files.special(kind, files.read_elsewhere) is None}
+    named = {f"{kind}_token": piece(id) for kind, id in missing.items() if id is not None}
     if CONFIG in files.content and not named:
         return files.content
     text = json.dumps({**new, **files.read(CONFIG), **named}, indent=2, ensure_ascii=False)

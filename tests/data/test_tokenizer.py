@@ -240,6 +240,39 @@ def test_start_and_end_pieces_with_other_names_are_written_by_their_names(tmp_pa
         assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id, len(theirs)) == (1, 2, 0, 400)
 
 
+MAP = {"eos_token": "<|b|>", "bos_token": "<|b|>"}
+
+
+@pytest.mark.parametrize(
+    ("config", "eos"),
+    [
+        ({"added_tokens_decoder": decoder_of(400, "<|a|>", "<|b|>"), "eos_token": "<|a|>"}, 400),
+        ({"added_tokens_decoder": decoder_of(400, "<|a|>", "<|b|>")}, 401),  # which transformers would not see
+        ({"eos_token": "<|a|>"}, 401),
+        ({}, 401),
+    ],
+)
+def test_of_two_files_that_name_eos_the_one_counts_that_counts_in_transformers(tmp_path, config, eos):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")
+    files = {"tokenizer_config": config, "special_tokens_map": MAP, "added_tokens": {"<|a|>": 400, "<|b|>": 401}}
+    tokenizer = load_tokenizer(sp_folder(tmp_path / "model", **files))
+    assert (tokenizer.eos, tokenizer.bos) == (eos, 401)
+    tokenizer.save(tmp_path / "written")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "written")
+    assert (theirs.eos_token_id, theirs.bos_token_id, len(theirs)) == (eos, 401, 402)
+
+
+@pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
+@pytest.mark.parametrize("given", [["<|other|>"], [{"content": "<|other|>"}], {"other_token": "<|other|>"}])
+def test_every_token_that_the_files_call_special_stays_text(tmp_path, name, given):
+    files = {"tokenizer_config": {name: given}}
+    vocabulary = load_tokenizer(sp_folder(tmp_path / "model", ("<|other|>", "<|usual|>"), **files)).vocabulary
+    pieces = [vocabulary.piece(i) for i in vocabulary.encode("a<|other|><|usual|>")]
+    assert "<|other|>" not in pieces
+    assert pieces[-1] == "<|usual|>"
+
+
 @pytest.mark.parametrize("special", ["<|im_end|>", "<|" + "long" * 40 + "|>"])
 def test_a_special_token_that_is_an_ordinary_piece_cannot_be_written_by_a_text(tmp_path, special):
     """Sentencepiece finds user-defined pieces in every text, and EOS may be one of them."""
