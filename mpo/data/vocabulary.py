@@ -60,23 +60,26 @@ class Sentencepiece:
         own = {kind: getattr(self.sp, f"{kind}_id")() for kind in KINDS}
         known = special_ids(files, self._id, {kind: id for kind, id in own.items() if id >= 0}, self.size)
         self.bos, self.eos, self.pad = _rules(files, known)
-
-        specials = {*map(self._id, files.special_texts()), *known.values()}
-        inside = [i for i in specials if i is not None and i < self.pieces]
-        if closed := [i for i in inside if not self.sp.IsControl(i) and i != own["unk"]]:
-            self.sp.LoadFromSerializedProto(_with_control_pieces(model, closed))
-        prefix = self.piece(self.encode("a")[0]).startswith("▁")  # puts a space before every text, as Llama's own does
-        flags = {"legacy": False, "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
-        new = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": prefix, **flags}
+        self._close(model, {*map(self._id, files.special_texts()), *known.values()})
         pad = known["pad"] if CONFIG in files.content else self.pad
-        self.files = _with_names(files, known | {"pad": pad}, self.piece, new)
+        self.files = _with_names(files, known | {"pad": pad}, self.piece, self._new_config())
 
     def _id(self, text: str) -> int | None:
-        for id, added in self.added.items():
-            if added == text:
-                return id
-        id = self.sp.PieceToId(text)  # that of <unk> for what is not a piece
-        return id if self.sp.IdToPiece(id) == text else None
+        """The id of the token with this text; None if there is none."""
+        id = next((id for id, added in self.added.items() if added == text), self.sp.PieceToId(text))
+        return id if self.piece(id) == text else None  # sentencepiece gives the id of <unk> for what is no piece
+
+    def _close(self, model: bytes, specials: set[int | None]) -> None:
+        """See to it that no text is encoded into a special token, even where it is an ordinary piece of the model."""
+        inside = [i for i in specials if i is not None and i < self.pieces]
+        if ordinary := [i for i in inside if not self.sp.IsControl(i) and not self.sp.IsUnknown(i)]:
+            self.sp.LoadFromSerializedProto(_with_control_pieces(model, ordinary))
+
+    def _new_config(self) -> dict[str, Any]:
+        """A tokenizer_config.json with which transformers tokenises in the same way."""
+        prefix = self.piece(self.encode("a")[0]).startswith("▁")  # puts a space before every text, as Llama's own does
+        flags = {"legacy": False, "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+        return {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": prefix, **flags}
 
     @property
     def identity(self) -> str:
@@ -91,14 +94,16 @@ class Sentencepiece:
     def decode(self, ids: list[int]) -> str:
         """See Vocabulary."""
         text = ""
-        for spelled, run in itertools.groupby(
-            ids, lambda i: i >= self.pieces or i in self.added or self.sp.IsControl(i)
-        ):
+        for spelled, run in itertools.groupby(ids, self._is_spelled):
             part = list(run)
-            text += "".join(map(self.piece, part)) if spelled else self._decode(part)
+            text += "".join(map(self.piece, part)) if spelled else self._decode_pieces(part)
         return text
 
-    def _decode(self, ids: list[int]) -> str:
+    def _is_spelled(self, id: int) -> bool:
+        """Whether a token stands for its own name and not for a part of a text."""
+        return id >= self.pieces or id in self.added or bool(self.sp.IsControl(id))
+
+    def _decode_pieces(self, ids: list[int]) -> str:
         return _with_first_space(self.sp.DecodeIds(ids), self.piece(ids[0]))
 
     def piece(self, id: int) -> str:

@@ -22,7 +22,7 @@ TEXTS = (
     " a space first",
     "",
 )
-# The tokens whose text must stay text, and what the tokenizer's EOS, BOS and the stop ids are, by hand.
+# BOS and EOS of each tokenizer, and eos_token_id of the config.json that is written, by hand.
 EXPECTED = {
     "llama_2": (1, 2, 2),
     "llama_3": (400, 403, [401, 402, 403]),

@@ -108,6 +108,13 @@ def test_rows_longer_than_a_model_takes_are_refused_with_the_numbers(place, tmp_
     assert not (tmp_path / "out" / "metrics.jsonl").exists()  # before any training
 
 
+def test_the_rows_own_responses_count_where_a_reward_model_scores_them(place, tmp_path):
+    line = f"{EVAL} --max_new 1 --policies a=@/lm --rm @/rm%"
+    message = run_stage(line, place, "-short", tmp_path / "out", expect=2).stderr.splitlines()[-1]
+    assert "-short: takes at most" in message
+    assert "lower --max_prompt or --max_response" in message
+
+
 def test_a_preset_takes_rows_as_long_as_the_flags_allow(place, tmp_path):
     line = f"train_sft.py {TRAINING} --data @/data --tokenizer @/lm --model tiny --max_prompt %"
     for longest, expected in (("640", 1024), ("1500", 1628)):  # with a response of 128
