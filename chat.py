@@ -13,7 +13,7 @@ from mpo.config import ChatConfig
 from mpo.data.batches import fit_prompt
 from mpo.data.dialogue import ASSISTANT, HUMAN
 from mpo.data.tldr import prompt_text
-from mpo.data.tokenizer import load_tokenizer
+from mpo.data.tokenizer import shared_tokenizer
 from mpo.model.checkpoint import load_model
 from mpo.model.generate import Sampling, generate
 from mpo.runtime import device
@@ -70,10 +70,13 @@ def talk(config: ChatConfig) -> None:
     device.start(config.device)
     torch.set_num_threads(threads())
     form = form_of_run(config.data)
-    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    room = model.config.max_position_embeddings - config.max_new
+    tokenizer, model = shared_tokenizer([("--model", config.model)]), load_model(config.model)
+    room = model.config.longest - config.max_new
     if room < 2:
-        raise InputError(f"--max_new {config.max_new}: the model has room for {room + config.max_new} tokens in all")
+        raise InputError(
+            f"--max_new {config.max_new}: leaves no room for a prompt, since {config.model} takes at most "
+            f"{model.config.longest} tokens"
+        )
     print(f"{config.model}: {GREETINGS[form]}")
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
     history, turn = "", 0

@@ -13,9 +13,10 @@ from mpo import evaluation
 from mpo.config import EvalConfig
 from mpo.data.batches import Pair, encode, make_batch
 from mpo.data.rows import read_rows
-from mpo.data.tokenizer import Tokenizer, load_tokenizer
+from mpo.data.tokenizer import Tokenizer, shared_tokenizer
 from mpo.model.checkpoint import load_model, load_scalar
 from mpo.model.generate import Sampling, generate
+from mpo.model.lengths import check_lengths
 from mpo.model.llama import Llama, ScalarModel
 from mpo.model.logprobs import compare
 from mpo.model.scoring import each_batch, score
@@ -173,11 +174,14 @@ def main(config: EvalConfig) -> None:
     inputs = {"data": config.data, "rm": config.rm} | ({"split": config.split} if config.split else {})
     stage = Stage(config, inputs | folders, config.out, config.overwrite)
     first = next(iter(folders.values()))
-    tokenizer, rm, base = load_tokenizer(first), load_scalar(config.rm), load_model(first)
+    samplers, rms = [("--policies", folder) for folder in folders.values()], [("--rm", config.rm)]
+    tokenizer, rm, base = shared_tokenizer(samplers + rms), load_scalar(config.rm), load_model(first)
     base.eval(), rm.eval()
     held_out = read_rows(Path(config.data) / "test.jsonl")
     rows = [held_out[i] for i in evaluation.stratified([r.domain for r in held_out], config.prompts)]
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
+    check_lengths(samplers + rms, ((len(p.prompt), config.max_new) for p in pairs), "--max_new")
+    check_lengths(rms, ((len(p.prompt), len(p.chosen)) for p in pairs))
     print(f"eval: prompts: {counts_text(counts)}")
 
     responses = {name: sample(name, load_model(f), base, rm, tokenizer, pairs, config) for name, f in folders.items()}

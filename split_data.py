@@ -13,9 +13,9 @@ from mpo import evaluation
 from mpo.config import SplitConfig
 from mpo.data.batches import Pair, encode
 from mpo.data.rows import read_rows, write_rows
-from mpo.data.tokenizer import load_tokenizer
+from mpo.data.tokenizer import shared_tokenizer
 from mpo.model.checkpoint import load_scalar
-from mpo.model.llama import ScalarModel
+from mpo.model.lengths import check_lengths, sequences_of
 from mpo.model.scoring import score_all
 from mpo.preference.split import Split, assign, control, gap_over_uncertainty, parse_gamma, split_by_gap, threshold
 from mpo.runtime.entry import run
@@ -47,17 +47,6 @@ def score_lines(pairs: Sequence[Pair], chosen: Tensor, rejected: Tensor, split: 
         yield json.dumps(item) + "\n"
 
 
-def ensemble(folders: Sequence[str]) -> list[ScalarModel]:
-    """Load the reward models in these folders. Each scores on its own normalised scale.
-
-    Raises InputError for a folder that cannot be read, or for different vocabularies.
-    """
-    models = [load_scalar(folder) for folder in folders]
-    if any(m.config.vocab_size != models[0].config.vocab_size for m in models):
-        raise InputError(f"--rm {','.join(folders)}: the models have different vocabularies")
-    return models
-
-
 def check(config: SplitConfig) -> None:
     """Refuse flags that contradict each other."""
     parse_gamma(config.gamma)
@@ -71,9 +60,12 @@ def main(config: SplitConfig) -> None:
     folders = config.rm.split(",")
     inputs = {"data": config.data} | {"rm" if i == 0 else f"rm-{i + 1}": f for i, f in enumerate(folders)}
     stage = Stage(config, inputs, config.out, config.overwrite)
-    tokenizer, models = load_tokenizer(folders[0]), ensemble(folders)
+    rms = [("--rm", folder) for folder in folders]
+    tokenizer = shared_tokenizer(rms)
+    models = [load_scalar(folder) for folder in folders]  # each scores on its own normalised scale
     rows = read_rows(Path(config.data) / "train.jsonl")
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
+    check_lengths(rms, sequences_of(pairs))
     print(f"split: rows: {counts_text(counts)}")
     scores = [score_all(rm, pairs, config.batch) for rm in models]
     chosen, rejected = (torch.stack(s) for s in zip(*scores, strict=True))  # (K, N) each

@@ -8,8 +8,9 @@ from torch import Tensor
 from mpo.config import DPOConfig
 from mpo.data.batches import Pair, encode, left_out, training_batches
 from mpo.data.rows import read_rows
-from mpo.data.tokenizer import load_tokenizer
+from mpo.data.tokenizer import shared_tokenizer
 from mpo.model.checkpoint import load_model, save_model
+from mpo.model.lengths import check_lengths, sequences_of
 from mpo.model.lora import adapters_of
 from mpo.preference.logps import RefLogps, RunningMean, pair_logps, reference_logps, self_check
 from mpo.preference.losses import pair_metrics
@@ -44,10 +45,12 @@ def main(config: DPOConfig) -> None:
         raise InputError(f"--loss {config.loss}: compares the pairs of a batch; run it in one process")
     inputs = {"data": config.data, "model": config.model} | ({"ref": config.ref} if config.ref else {})
     stage = Stage(config, inputs, config.out, config.overwrite)
-    tokenizer, model = load_tokenizer(config.model), load_model(config.model, adapters_of(config, config.model))
+    models = [("--model", config.model)] + ([("--ref", config.ref)] if config.ref else [])
+    tokenizer, model = shared_tokenizer(models), load_model(config.model, adapters_of(config, config.model))
     pairs, counts = encode(read_rows(config.data), tokenizer, config.max_prompt, config.max_response)
     if any(p.row.noise is not None for p in pairs) and not objective.uses_noise:
         raise InputError(f"{config.data}: its rows carry label noise, which --loss {config.loss} ignores; take cdpo")
+    check_lengths(models, sequences_of(pairs))
     counts |= left_out(pairs, config.batch)
     print(f"{stage.name}: rows: {counts_text(counts)}")
     batches = training_batches(pairs, config.batch, config.epochs, config.seed, config.steps, counts)
@@ -67,10 +70,9 @@ def main(config: DPOConfig) -> None:
         log_ratios.add((logps.s_w + logps.s_l).detach() / 2)
         return objective.losses(logps), pair_metrics(logps, config.beta)
 
-    last = train(model, batches, losses_of, lambda pair: 1.0, config, stage, config.keep, log_ratios)
+    last = train(model, batches, losses_of, lambda pair: 1.0, config, stage, config.keep, log_ratios, tokenizer)
     print(f"{stage.name}: {len(batches)} steps, loss {last['loss']:.3f}, margin {last['reward_margin']:.3f}")
-    save_model(stage.out, model)
-    tokenizer.save(stage.out)
+    save_model(stage.out, model, tokenizer)
     start = float(objective.losses(first).mean())
     stage.finish(steps=len(batches), first_loss=start, last=last, rows=counts)
 

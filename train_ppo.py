@@ -11,9 +11,10 @@ from typing import Any
 from mpo.config import PPOConfig
 from mpo.data.batches import Pair, encode
 from mpo.data.rows import read_rows
-from mpo.data.tokenizer import Tokenizer, load_tokenizer
+from mpo.data.tokenizer import Tokenizer, shared_tokenizer
 from mpo.model.checkpoint import load_scalar, save_model
 from mpo.model.generate import Sampling
+from mpo.model.lengths import check_lengths
 from mpo.model.lora import adapters_of
 from mpo.ppo.equations import next_kl_coef
 from mpo.ppo.learner import load_learner
@@ -69,9 +70,11 @@ def main(config: PPOConfig) -> None:
     setup_torch(config)
     inputs = {"prompts": config.prompts, "model": config.model, "ref": config.ref, "rm": config.rm}
     stage = Stage(config, inputs, config.out, config.overwrite)
-    tokenizer, learner, rm = load_tokenizer(config.model), load_learner(config), load_scalar(config.rm)
+    models = [("--model", config.model), ("--ref", config.ref), ("--rm", config.rm)]
+    tokenizer, learner, rm = shared_tokenizer(models), load_learner(config), load_scalar(config.rm)
     policy, ref, critic = learner.policy, learner.ref, learner.critic.model if learner.critic else None
     pairs, counts = load_prompts(config, tokenizer)
+    check_lengths(models, ((len(p.prompt), config.max_new) for p in pairs), "--max_new")
     print(f"{stage.name}: prompts: {counts_text(counts)}")
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
     kept = milestones(config.iterations, config.keep)
@@ -100,7 +103,7 @@ def main(config: PPOConfig) -> None:
         kl_coef = next_kl_coef(kl_coef, metrics["kl_k1"], config.kl_target, config.kl_horizon, config.batch)
         stage.log(iteration, metrics)
         if iteration + 1 in kept:
-            save_model(stage.out / kept[iteration + 1], policy)
+            save_model(stage.out / kept[iteration + 1], policy, tokenizer)
         state = {"kl_coef": kl_coef, "first": state["first"] or metrics, "last": metrics, "warnings": state["warnings"]}
         state["warnings"] = warn(stage, iteration, state)
         saves.after(iteration + 1, state, last=iteration + 1 == config.iterations)
@@ -110,8 +113,7 @@ def main(config: PPOConfig) -> None:
     last = state["last"]
     reached = f"score {last['score']:.3f}, exact KL to the reference {last['kl_exact']:.2f} nats per response"
     print(f"{stage.name}: {reached}")
-    save_model(stage.out, policy)
-    tokenizer.save(stage.out)
+    save_model(stage.out, policy, tokenizer)
     stage.finish(iterations=config.iterations, last=last, prompts=counts, warnings=state["warnings"])
 
 

@@ -12,8 +12,9 @@ from mpo import evaluation
 from mpo.config import RMConfig
 from mpo.data.batches import Pair, encode, left_out, training_batches
 from mpo.data.rows import Row, read_jsonl, read_rows, text_field
-from mpo.data.tokenizer import Tokenizer, load_tokenizer
+from mpo.data.tokenizer import Tokenizer, shared_tokenizer
 from mpo.model.checkpoint import load_as_scalar, save_model
+from mpo.model.lengths import check_lengths, sequences_of
 from mpo.model.llama import ScalarModel
 from mpo.model.lora import adapters_of
 from mpo.model.scoring import score_all, score_pairs
@@ -60,21 +61,33 @@ def held_out(gaps: Tensor, std: float, seed: int) -> dict[str, Any]:
     }
 
 
-def probe(rm: ScalarModel, tokenizer: Tokenizer, sheet: Path, config: RMConfig) -> list[dict[str, Any]]:
-    """Score the probe sheet: a right and a wrong answer to each prompt, for each kind of prompt and each mistake.
+Sheet = dict[tuple[str, str], tuple[list[Pair], dict[str, int]]]
+"""The probe sheet: (kind of prompt, mistake) -> pairs of a right and a wrong answer, and how many rows were kept."""
 
-    It shows the weaknesses of the reward model before PPO exploits them. In the result, `right_above` is the share of
-    prompts whose right answer scores higher.
-    """
+
+def read_sheet(sheet: Path, tokenizer: Tokenizer, config: RMConfig) -> Sheet:
+    """Read and tokenise the probe sheet of a data folder; an empty one if the folder has none."""
     groups: dict[tuple[str, str], list[Row]] = {}
+    if not sheet.exists():
+        return {}
     for where, item in read_jsonl(sheet):
         kind, mistake, prompt, right_answer, wrong_answer = (
             text_field(where, item, k) for k in ("kind", "mistake", "prompt", "right", "wrong")
         )
         groups.setdefault((kind, mistake), []).append(Row(where, prompt, chosen=right_answer, rejected=wrong_answer))
+    return {
+        group: encode(rows, tokenizer, config.max_prompt, 2 * config.max_response) for group, rows in groups.items()
+    }
+
+
+def probe(rm: ScalarModel, sheet: Sheet, config: RMConfig) -> list[dict[str, Any]]:
+    """Score the probe sheet: a right and a wrong answer to each prompt, for each kind of prompt and each mistake.
+
+    It shows the weaknesses of the reward model before PPO exploits them. In the result, `right_above` is the share of
+    prompts whose right answer scores higher.
+    """
     results = []
-    for (kind, mistake), rows in groups.items():
-        pairs, counts = encode(rows, tokenizer, config.max_prompt, 2 * config.max_response)
+    for (kind, mistake), (pairs, counts) in sheet.items():
         right, wrong = score_all(rm, pairs, config.microbatch)
         above = float((right > wrong).float().mean())
         results.append(
@@ -100,14 +113,19 @@ def main(config: RMConfig) -> None:
     """Load; train; normalise the scores; measure on held-out pairs and the probe sheet; save."""
     setup_torch(config)
     stage = Stage(config, {"data": config.data, "model": config.model}, config.out, config.overwrite)
-    tokenizer = load_tokenizer(config.model)
+    models = [("--model", config.model)]
+    tokenizer = shared_tokenizer(models)
     rm = load_as_scalar(config.model, generator(config.seed, "head"), adapters_of(config, config.model))
     splits, counts = {}, {}
     for split in ("train", "test"):
         rows = read_rows(Path(config.data) / f"{split}.jsonl")
         splits[split], counts[split] = encode(rows, tokenizer, config.max_prompt, config.max_response)
         counts[split] |= left_out(splits[split], config.batch) if split == "train" else {}
+        check_lengths(models, sequences_of(splits[split]))
         print(f"rm: {split} rows: {counts_text(counts[split])}")
+    sheet = read_sheet(Path(config.data) / "probe.jsonl", tokenizer, config)
+    for pairs, _ in sheet.values():
+        check_lengths(models, sequences_of(pairs))
     if config.use_margin and any(p.row.margin is None for p in splits["train"]):
         raise InputError(f"{config.data}/train.jsonl: not every row has a margin, which --use_margin needs")
 
@@ -128,16 +146,15 @@ def main(config: RMConfig) -> None:
         f"rm: held-out accuracy {interval(results['accuracy'], 3)}, log-loss {results['log_loss']:.3f}, "
         f"calibration error {results['calibration_error']:.3f}"
     )
-    if (sheet := Path(config.data) / "probe.jsonl").exists():
-        probed = probe(rm, tokenizer, sheet, config)
+    if sheet:
+        probed = probe(rm, sheet, config)
         write_json(stage.out / "probe.json", probed)
         worst = min(probed, key=lambda p: p["right_above"])
         print(
             f"rm: probe sheet: weakest at {worst['kind']}/{worst['mistake']}, where "
             f"{100 * worst['right_above']:.0f} % of the right answers score above the wrong ones"
         )
-    save_model(stage.out, rm)
-    tokenizer.save(stage.out)
+    save_model(stage.out, rm, tokenizer)
     stage.finish(
         steps=len(batches),
         train_accuracy=last["accuracy"],

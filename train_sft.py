@@ -12,8 +12,9 @@ from torch import Tensor
 from mpo.config import SFTConfig
 from mpo.data.batches import Pair, encode, left_out, make_batch, training_batches
 from mpo.data.rows import read_rows
-from mpo.data.tokenizer import Tokenizer, load_tokenizer
+from mpo.data.tokenizer import Tokenizer, shared_tokenizer
 from mpo.model.checkpoint import load_model, save_model
+from mpo.model.lengths import check_lengths
 from mpo.model.llama import PRESETS, Llama, cast_weights, initialise
 from mpo.model.logprobs import response_logprobs, sequence_logps
 from mpo.model.lora import adapters_of
@@ -33,7 +34,7 @@ from mpo.training.loop import train
 def starting_model(config: SFTConfig, tokenizer: Tokenizer) -> Llama:
     """The model that --model names: a preset with random weights, or the one in a folder.
 
-    Raises InputError for a folder that cannot be read, or whose model has fewer embeddings than the tokenizer needs.
+    A preset takes rows as long as the flags allow. Raises InputError for a folder that cannot be read.
     """
     if config.model in PRESETS:
         ids: dict[str, Any] = {
@@ -41,18 +42,14 @@ def starting_model(config: SFTConfig, tokenizer: Tokenizer) -> Llama:
             "eos_token_id": tokenizer.eos,
             "pad_token_id": tokenizer.pad,
         }
+        shape = PRESETS[config.model]
+        longest = max(shape.max_position_embeddings, config.max_prompt + config.max_response)
         with device.current():
-            model = Llama(replace(PRESETS[config.model], vocab_size=tokenizer.size, **ids))
+            model = Llama(replace(shape, vocab_size=tokenizer.size, max_position_embeddings=longest, **ids))
         initialise(model, generator(config.seed, "init"))
         cast_weights(model, device.weight_dtype())
         return distributed.shard(model)
-    model = load_model(config.model, adapters_of(config, config.model))
-    if model.config.vocab_size < tokenizer.size:
-        raise InputError(
-            f"--tokenizer {config.tokenizer}: has {tokenizer.size} pieces, but the model in "
-            f"{config.model} has only {model.config.vocab_size}; use the model's own tokenizer"
-        )
-    return model
+    return load_model(config.model, adapters_of(config, config.model))
 
 
 def held_out_loss(model: Llama, pairs: list[Pair], batch: int) -> float:
@@ -80,15 +77,17 @@ def main(config: SFTConfig) -> None:
     """Load, train, measure, save."""
     setup_torch(config)
     inputs = {"data": config.data, "tokenizer": config.tokenizer}
-    inputs |= {} if config.model in PRESETS else {"model": config.model}
+    models = [] if config.model in PRESETS else [("--model", config.model)]
+    inputs |= {"model": config.model} if models else {}
     stage = Stage(config, inputs, config.out, config.overwrite)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = shared_tokenizer([("--tokenizer", config.tokenizer), *models])
     model = starting_model(config, tokenizer)
     splits, counts = {}, {}
     for split in ("train", "test"):
         rows = read_rows(Path(config.data) / f"{split}.jsonl")
         splits[split], counts[split] = encode(rows, tokenizer, config.max_prompt, config.max_response)
         counts[split] |= left_out(splits[split], config.batch) if split == "train" else {}
+        check_lengths(models, ((len(p.prompt), len(p.chosen)) for p in splits[split]))
         print(f"sft: {split} rows: {counts_text(counts[split])}")
 
     def losses_of(pairs: list[Pair]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -99,8 +98,7 @@ def main(config: SFTConfig) -> None:
     last = train(model, batches, losses_of, lambda pair: len(pair.chosen), config, stage)
     loss = held_out_loss(model, splits["test"], config.batch)
     print(f"sft: held-out loss {loss:.3f} nats per response token")
-    save_model(stage.out, model)
-    tokenizer.save(stage.out)
+    save_model(stage.out, model, tokenizer)
     size = sum(p.numel() for p in model.parameters())
     stage.finish(steps=len(batches), parameters=size, train_loss=last["loss"], held_out_loss=loss, rows=counts)
 

@@ -31,6 +31,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return cores()
 
 
+@pytest.fixture(autouse=True)
+def _numbers_as_usual():
+    """A stage sets denormal numbers to zero in its process; a test that runs one here must not do so to the others."""
+    yield
+    torch.set_flush_denormal(False)
+
+
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the real small model is not on this machine")
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real data is not on this machine")
 

@@ -93,4 +93,4 @@ def test_ctrl_c_ends_chat_without_a_message(model):
 
 def test_no_room_for_a_prompt_is_refused(model):
     done = run_script("chat.py", "--model", model, "--max_new", 100000, expect=2)
-    assert "--max_new 100000: the model has room for" in done.stderr
+    assert "--max_new 100000: leaves no room for a prompt" in done.stderr

@@ -7,13 +7,15 @@ response are tokenised separately and their ids joined. So the boundary is the s
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
 
+from mpo.data.tokenizer_files import MODEL, TokenizerFiles
 from mpo.data.vocabulary import Sentencepiece, Vocabulary, load_vocabulary
-from mpo.runtime.files import write_bytes
+from mpo.runtime.errors import InputError
+from mpo.runtime.files import read_json, write_bytes
 
 # These strings have a token each, and no other string maps to it.
 TURNS = ("\n\nHuman:", "\n\nAssistant:")
@@ -43,13 +45,10 @@ class Tokenizer:
                 break
             if i not in (self.bos, self.pad) and i < self.size:  # a model may have more rows than there are pieces
                 kept.append(int(i))
-        text = self.vocabulary.decode(kept)
-        # A vocabulary that puts a space before every text removes the first one again when it decodes.
-        lost = bool(kept) and self.vocabulary.piece(kept[0]).startswith("▁") and not text.startswith(" ")
-        return " " + text if lost else text
+        return self.vocabulary.decode(kept)
 
     def save(self, folder: Path) -> None:
-        """Write the files of the vocabulary into a folder."""
+        """Write the tokenizer's files, and the chat templates among them, into a folder."""
         for name, content in self.vocabulary.files.items():
             write_bytes(folder / name, content)
 
@@ -57,6 +56,44 @@ class Tokenizer:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Load the tokenizer of a model or tokenizer folder. Raises InputError (`load_vocabulary`)."""
     return Tokenizer(load_vocabulary(Path(folder)))
+
+
+def shared_tokenizer(folders: Sequence[tuple[str, str]]) -> Tokenizer:
+    """Load the one tokenizer of several models, which exchange token ids. `folders`: (flag, folder) of each.
+
+    Raises InputError, naming two folders, where their tokenizers turn a text into different ids, and for a model with
+    fewer embeddings than the tokenizer has ids. Models of different sizes may share a tokenizer.
+    """
+    (first_flag, first), *_ = folders
+    tokenizer, seen = load_tokenizer(first), {Path(first).resolve()}
+    for flag, folder in folders:
+        if Path(folder).resolve() not in seen:
+            seen.add(Path(folder).resolve())
+            if not _same_ids(load_tokenizer(folder).vocabulary, tokenizer.vocabulary):
+                raise InputError(
+                    f"{flag} {folder}: has another tokenizer than {first_flag} {first}, so that the same ids would "
+                    "mean other texts; name models that were trained with one tokenizer"
+                )
+        check_rows(tokenizer, flag, folder)
+    return tokenizer
+
+
+def _same_ids(one: Vocabulary, other: Vocabulary) -> bool:
+    """Whether two vocabularies turn every text into the same ids. The hash of a large one takes seconds."""
+    same_files = one.files == other.files and (one.bos, one.eos) == (other.bos, other.eos)
+    return same_files or one.identity == other.identity
+
+
+def check_rows(tokenizer: Tokenizer, flag: str, folder: str) -> None:
+    """Raise InputError if a folder's config.json says fewer embeddings than the tokenizer has ids."""
+    path = Path(folder) / "config.json"
+    config = read_json(path) if path.is_file() else None  # a folder of a tokenizer alone has none
+    rows = config.get("vocab_size") if isinstance(config, dict) else None
+    if isinstance(rows, int) and rows < tokenizer.size:  # what is no number is refused where the model is read
+        raise InputError(
+            f"{flag} {folder}: config.json says vocab_size {rows}, but the tokenizer has {tokenizer.size} ids; use the "
+            "model's own tokenizer"
+        )
 
 
 def train_tokenizer(texts: Iterable[str], vocab: int, seed: int) -> Tokenizer:
@@ -89,4 +126,4 @@ def train_tokenizer(texts: Iterable[str], vocab: int, seed: int) -> Tokenizer:
         num_threads=1,  # so that the result does not depend on the number of cores
         minloglevel=2,
     )
-    return Tokenizer(Sentencepiece(out.getvalue(), "the new tokenizer"))
+    return Tokenizer(Sentencepiece(TokenizerFiles("the new tokenizer", {MODEL: out.getvalue()})))

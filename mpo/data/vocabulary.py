@@ -2,67 +2,89 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import itertools
 import json
+import os
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
 
+from mpo.data.tokenizer_files import CONFIG, JSON, KINDS, MODEL, TokenizerFiles, read_files
 from mpo.runtime.errors import InputError
-from mpo.runtime.files import read_json
-
-LARGEST = 256 << 20  # bytes of a tokenizer's file
-SPECIALS = ("bos", "eos", "pad", "unk")
 
 
 class Vocabulary(Protocol):
-    """The pieces (tokens) of a tokenizer, without any rule for special tokens."""
+    """The tokens of a tokenizer, without any rule for special tokens."""
 
-    size: int
-    bos: int
+    size: int  # one more than the largest id
+    bos: int  # the id of EOS if there is no BOS
     eos: int
     pad: int | None  # never the id of EOS; None if there is no pad token
+    files: dict[str, bytes]  # the content of its files, by name, as they are written
 
     @property
-    def files(self) -> dict[str, bytes]:
-        """The content of its files, by name."""
+    def identity(self) -> str:
+        """A hash of all that turns text into ids: pieces, merges, added tokens, BOS and EOS. No template is in it."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. They never include a special token, whatever the text contains."""
 
     def decode(self, ids: list[int]) -> str:
-        """The text of these ids."""
+        """The text of these ids. Special tokens are spelled out."""
 
     def piece(self, id: int) -> str:
-        """The piece with this id, as the file spells it."""
+        """The token with this id, as the file spells it; "" for an id without a token."""
 
 
 class Sentencepiece:
-    """A sentencepiece model, as in tokenizer.model."""
+    """A sentencepiece model, as in tokenizer.model, and the tokens that other files of its folder add to it."""
 
-    def __init__(self, model: bytes, where: str):
-        """`where` names the model in error messages. Raises InputError for bytes that are not such a model."""
-        self.model = model
+    def __init__(self, files: TokenizerFiles):
+        """Raises InputError for a file that is no such model, or contradicts the others, or if no token is EOS."""
+        model, where = files.content[MODEL], f"{files.where}/{MODEL}"
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
             self.sp.LoadFromSerializedProto(model)
         except (RuntimeError, ValueError, OSError) as e:
             raise InputError(f"{where}: not a sentencepiece model ({str(e).splitlines()[0]})") from None
-        self.size: int = self.sp.GetPieceSize()
-        self.bos, self.eos = self.sp.bos_id(), self.sp.eos_id()
-        if min(self.bos, self.eos) < 0:
-            raise InputError(f"{where}: the tokenizer has no BOS or no EOS piece")
-        self.pad = _pad_id(self.sp.pad_id(), self.sp.unk_id(), self.eos)
+        self.pieces: int = self.sp.GetPieceSize()
+        self.added = {id: t for id, t in files.added().items() if id >= self.pieces or t != self.sp.IdToPiece(id)}
+        _compare_with_json(files, self.sp, self.added)
+        self.size = max(self.pieces, *(id + 1 for id in self.added)) if self.added else self.pieces
+        own = {kind: getattr(self.sp, f"{kind}_id")() for kind in KINDS}
+        known = special_ids(files, self._id, {kind: id for kind, id in own.items() if id >= 0}, self.size)
+        self.bos, self.eos, self.pad = _rules(files, known)
+        self._close(model, {*map(self._id, files.special_texts()), *known.values()})
+        pad = known["pad"] if CONFIG in files.content else self.pad
+        self.files = _with_names(files, known | {"pad": pad}, self.piece, self._new_config())
+
+    def _id(self, text: str) -> int | None:
+        """The id of the token with this text; None if there is none."""
+        id = next((id for id, added in self.added.items() if added == text), self.sp.PieceToId(text))
+        return id if self.piece(id) == text else None  # sentencepiece gives the id of <unk> for what is no piece
+
+    def _close(self, model: bytes, specials: set[int | None]) -> None:
+        """See to it that no text is encoded into a special token, even where it is an ordinary piece of the model."""
+        inside = [i for i in specials if i is not None and i < self.pieces]
+        if ordinary := [i for i in inside if not self.sp.IsControl(i) and not self.sp.IsUnknown(i)]:
+            self.sp.LoadFromSerializedProto(_with_control_pieces(model, ordinary))
+
+    def _new_config(self) -> dict[str, Any]:
+        """A tokenizer_config.json with which transformers tokenises in the same way."""
+        prefix = self.piece(self.encode("a")[0]).startswith("▁")  # puts a space before every text, as Llama's own does
+        flags = {"legacy": False, "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
+        return {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": prefix, **flags}
 
     @property
-    def files(self) -> dict[str, bytes]:
-        """tokenizer.model, and the tokenizer_config.json that transformers needs to tokenise in the same way."""
-        specials = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        specials |= {} if self.pad is None else {"pad_token": self.piece(self.pad)}
-        flags = {"legacy": False, "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
-        prefix = self.piece(self.encode("a")[0]).startswith("▁")  # puts a space before every text, as Llama's own does
-        config = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": prefix, **specials, **flags}
-        return {"tokenizer.model": self.model, "tokenizer_config.json": json.dumps(config, indent=2).encode()}
+    def identity(self) -> str:
+        """See Vocabulary."""
+        return _hash(self.files[MODEL], json.dumps([sorted(self.added.items()), self.bos, self.eos]))
 
     def encode(self, text: str) -> list[int]:
         """See Vocabulary."""
@@ -71,63 +93,56 @@ class Sentencepiece:
 
     def decode(self, ids: list[int]) -> str:
         """See Vocabulary."""
-        text: str = self.sp.DecodeIds(ids)
+        text = ""
+        for spelled, run in itertools.groupby(ids, self._is_spelled):
+            part = list(run)
+            text += "".join(map(self.piece, part)) if spelled else self._decode_pieces(part)
         return text
+
+    def _is_spelled(self, id: int) -> bool:
+        """Whether a token stands for its own name and not for a part of a text."""
+        return id >= self.pieces or id in self.added or bool(self.sp.IsControl(id))
+
+    def _decode_pieces(self, ids: list[int]) -> str:
+        return _with_first_space(self.sp.DecodeIds(ids), self.piece(ids[0]))
 
     def piece(self, id: int) -> str:
         """See Vocabulary."""
-        text: str = self.sp.IdToPiece(id)
-        return text
+        text: str = self.sp.IdToPiece(id) if id < self.pieces else ""
+        return self.added.get(id, text)
 
 
 class TokenizerJson:
     """A tokenizer.json, read by the `tokenizers` package. Other files of the folder say which tokens are special."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, files: TokenizerFiles):
         """Raises InputError if the package is missing, the file is damaged, or no file says which token is EOS."""
-        path = folder / "tokenizer.json"
+        where = f"{files.where}/{JSON}"
         try:
             import tokenizers
         except ImportError:
-            raise InputError(
-                f"{path}: needs the tokenizers package (pip install tokenizers), since there is no tokenizer.model"
-            ) from None
-        text = _read(path)
+            raise InputError(f"{where}: needs the tokenizers package ({_pip_install('tokenizers')})") from None
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(text.decode())
+            self.text = files.content[JSON].decode()
+            self.tokenizer = tokenizers.Tokenizer.from_str(self.text)
         except Exception as e:  # the package raises no narrower class
-            raise InputError(f"{path}: not a tokenizer ({str(e).splitlines()[0]})") from None
-        self.tokenizer.encode_special_tokens = True  # text that looks like a special token stays text
-        self.size: int = self.tokenizer.get_vocab_size()
-        other_files = ("tokenizer_config.json", "special_tokens_map.json")
-        self.files = {"tokenizer.json": text} | {n: _read(folder / n) for n in other_files if (folder / n).is_file()}
-        named = {kind: self._id_by_text(folder, kind) for kind in SPECIALS}
-        known = {kind: self._id_in_config(folder, kind) if id is None else id for kind, id in named.items()}
-        if known["eos"] is None:
-            raise InputError(f"{folder}: neither {other_files[0]} nor config.json says which token is EOS")
-        self.eos: int = known["eos"]
-        self.bos: int = self.eos if known["bos"] is None else known["bos"]  # as in GPT-2: EOS separates texts
-        self.pad = _pad_id(known["pad"], known["unk"], self.eos)
-        if new := {f"{k}_token": self.piece(id) for k, id in known.items() if id is not None and named[k] is None}:
-            # The tokenizer may be saved without the model, so it takes along what only config.json says.
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", **_object(folder / other_files[0]), **new}
-            self.files[other_files[0]] = json.dumps(config, indent=2).encode()
+            raise InputError(f"{where}: not a tokenizer ({str(e).splitlines()[0]})") from None
+        self.size: int = max(self.tokenizer.get_vocab().values(), default=-1) + 1
+        known = special_ids(files, self.tokenizer.token_to_id, {}, self.size)
+        self.bos, self.eos, self.pad = _rules(files, known)
+        # Text that looks like a special token stays text.
+        specials = {self.piece(id) for id in known.values() if id is not None}
+        self.tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in sorted(specials)])
+        self.tokenizer.encode_special_tokens = True
+        self.files = _with_names(files, known, self.piece, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
-    def _id_by_text(self, folder: Path, kind: str) -> int | None:
-        """The id of the special token whose text the tokenizer's own files give; None if they give none."""
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = _object(folder / name).get(f"{kind}_token")
-            text = token.get("content") if isinstance(token, dict) else token
-            if isinstance(text, str):
-                id: int | None = self.tokenizer.token_to_id(text)
-                return id
-        return None
-
-    def _id_in_config(self, folder: Path, kind: str) -> int | None:
-        """The id of a special token in the model's config.json; None if it gives none."""
-        given = _object(folder / "config.json").get(f"{kind}_token_id")
-        given = given[0] if isinstance(given, list) and given else given
-        return given if isinstance(given, int) and 0 <= given < self.size else None
+    @functools.cached_property
+    def identity(self) -> str:
+        """See Vocabulary."""
+        # Spelled in one way, whichever version of the package wrote the file.
+        whole = json.loads(type(self.tokenizer).from_str(self.text).to_str())
+        encoder = {name: whole[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
+        return _hash(json.dumps([encoder, self.bos, self.eos], sort_keys=True))
 
     def encode(self, text: str) -> list[int]:
         """See Vocabulary."""
@@ -137,7 +152,7 @@ class TokenizerJson:
     def decode(self, ids: list[int]) -> str:
         """See Vocabulary."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=False)
-        return text
+        return _with_first_space(text, self.piece(ids[0])) if ids else text
 
     def piece(self, id: int) -> str:
         """See Vocabulary."""
@@ -146,29 +161,138 @@ class TokenizerJson:
 
 def load_vocabulary(folder: Path) -> Vocabulary:
     """Load tokenizer.model or, in a folder without it, tokenizer.json. Raises InputError if neither can be read."""
-    path = folder / "tokenizer.model"
-    if not path.is_file() and (folder / "tokenizer.json").is_file():
-        return TokenizerJson(folder)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; a model folder needs its tokenizer.model or tokenizer.json")
-    return Sentencepiece(_read(path), str(path))
+    files = read_files(folder)
+    tiktoken = re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", files.content.get(MODEL, b""))
+    if MODEL in files.content and not tiktoken:
+        return Sentencepiece(files)
+    if JSON in files.content:
+        return TokenizerJson(files)
+    if tiktoken:
+        raise InputError(
+            f"{folder / MODEL}: a tiktoken vocabulary, which is not read; the model's download in the Hugging Face "
+            f"layout has a {JSON}, which is"
+        )
+    raise InputError(f"{folder / MODEL}: no such file; a model folder needs its {MODEL} or {JSON}")
 
 
-def _read(path: Path) -> bytes:
-    if path.stat().st_size > LARGEST:
-        raise InputError(f"{path}: larger than {LARGEST >> 20} MiB; no tokenizer is that large")
-    return path.read_bytes()
+# --- special tokens --------------------------------------------------------------------------------
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one if there is no such file or it has something else."""
-    content = read_json(path) if path.is_file() else {}
-    return content if isinstance(content, dict) else {}
+def special_ids(
+    files: TokenizerFiles, id_of: Callable[[str], int | None], own: dict[str, int], size: int
+) -> dict[str, int | None]:
+    """The ids of BOS, EOS, pad and unknown, each None if there is none.
 
-
-def _pad_id(pad: int | None, unk: int | None, eos: int) -> int | None:
-    """The pad token's id for the files that are written; batches here are packed and have no pads.
-
-    It must not be EOS: in a program that masks by id, a model with such a pad could not learn to stop.
+    The tokenizer's own files come first, then what the vocabulary itself says (`own`), and for BOS and EOS then
+    config.json. Raises InputError for a BOS or EOS that the vocabulary does not have.
     """
-    return next((id for id in (pad, unk) if id is not None and id >= 0 and id != eos), None)
+    known = dict[str, int | None]()
+    for kind in KINDS:
+        text, ends = files.special(kind), kind in ("bos", "eos")
+        named = id_of(text) if text else None
+        if text and named is None and ends:
+            raise InputError(f"{files.where}: its files call {text!r:.80} {kind}_token, which the vocabulary lacks")
+        sources = named, own.get(kind), files.config_id(kind, size) if ends else None
+        known[kind] = next((id for id in sources if id is not None), None)
+    return known
+
+
+def _rules(files: TokenizerFiles, known: dict[str, int | None]) -> tuple[int, int, int | None]:
+    """BOS, EOS and pad. Without BOS, EOS begins a text, as in GPT-2.
+
+    Pad must not be EOS: in a program that masks by id, a model with such a pad could not learn to stop. Batches here
+    are packed and have no pads.
+    """
+    eos = known["eos"]
+    if eos is None:
+        raise InputError(f"{files.where}: neither {CONFIG} nor config.json says which token is EOS")
+    bos = eos if known["bos"] is None else known["bos"]
+    return bos, eos, next((id for id in (known["pad"], known["unk"]) if id is not None and id != eos), None)
+
+
+def _with_names(
+    files: TokenizerFiles, known: dict[str, int | None], piece: Callable[[int], str], new: dict[str, Any]
+) -> dict[str, bytes]:
+    """The files to write: those that are there. tokenizer_config.json also gets special tokens that are named nowhere.
+
+    transformers would otherwise take a default such as "<s>", even where it is no token, or none. `new`: the rest of
+    a tokenizer_config.json that has to be made.
+    """
+    missing = {kind: id for kind, id in known.items() if files.special(kind, files.read_elsewhere) is None}
+    named = {f"{kind}_token": piece(id) for kind, id in missing.items() if id is not None}
+    if CONFIG in files.content and not named:
+        return files.content
+    text = json.dumps({**new, **files.read(CONFIG), **named}, indent=2, ensure_ascii=False)
+    return files.content | {CONFIG: text.encode()}
+
+
+# --- details of the formats ------------------------------------------------------------------------
+
+
+def _with_control_pieces(model: bytes, ids: list[int]) -> bytes:
+    """A sentencepiece model in which these pieces are control pieces, which no text is encoded into.
+
+    The model is a message of protobuf: fields, each a tag, a length and content. The fields with tag 10 are the pieces;
+    in each of them field 3 is its type, of which the last value counts.
+    """
+    out, at, piece = bytearray(), 0, -1
+    while at < len(model):
+        tag, at = _varint(model, at)
+        length, at = _varint(model, at)
+        content, at = model[at : at + length], at + length
+        piece += tag == 10
+        if tag == 10 and piece in ids:
+            content += bytes((3 << 3, 3))  # field 3: a control piece
+        out += _as_varint(tag) + _as_varint(len(content)) + content
+    return bytes(out)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """A number of protobuf, seven bits a byte, the lowest first; and the place after it."""
+    value = shift = 0
+    while data[at] & 128:
+        value, shift, at = value | (data[at] & 127) << shift, shift + 7, at + 1
+    return value | data[at] << shift, at + 1
+
+
+def _as_varint(value: int) -> bytes:
+    return bytes((value & 127 | 128,)) + _as_varint(value >> 7) if value > 127 else bytes((value,))
+
+
+def _compare_with_json(files: TokenizerFiles, sp: Any, added: dict[int, str]) -> None:
+    """Raise InputError where a tokenizer.json beside tokenizer.model is that of another vocabulary.
+
+    Other programs read the one, this project reads the other.
+    """
+    model = files.read(JSON).get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):  # of a unigram model: [piece, score]
+        vocab = {item[0]: i for i, item in enumerate(vocab) if isinstance(item, list) and item}
+    if not isinstance(vocab, dict):
+        return
+    ours = dict(enumerate(sp.IdToPiece(list(range(sp.GetPieceSize()))))) | added
+    for piece, id in vocab.items():
+        if ours.get(id) != piece:
+            raise InputError(
+                f"{files.where}: {MODEL} and {JSON} are two different vocabularies: id {id} is {ours.get(id)!r:.80} in "
+                f"one and {piece!r:.80} in the other; take all of a tokenizer's files from the same place"
+            )
+
+
+def _with_first_space(text: str, first: str) -> str:
+    """A vocabulary that puts a space before every text removes the first one when it decodes; here it is put back."""
+    return " " + text if first.startswith("▁") and not text.startswith(" ") else text
+
+
+def _pip_install(package: str) -> str:
+    """The command that installs a package for the Python that runs."""
+    here = os.path.relpath(sys.executable)
+    return f"{sys.executable if here.startswith('..') else here} -m pip install {package}"
+
+
+def _hash(*parts: bytes | str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()

@@ -1,4 +1,5 @@
-"""Models in and out in the Hugging Face layout: config.json, and safetensors with an index if there are several.
+"""Models in and out in the Hugging Face layout: config.json, safetensors with an index if there are several, and all
+that another program needs beside them.
 
 Only safetensors and JSON are ever read or written, never pickle.
 """
@@ -6,7 +7,7 @@ Only safetensors and JSON are ever read or written, never pickle.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mpo.data.tokenizer import Tokenizer
+from mpo.data.tokenizer_files import FILES
 from mpo.model import lora
-from mpo.model.hf_config import config_from_json, config_to_json
+from mpo.model.hf_config import config_from_json, config_to_json, read_generation_config, with_ids_of
 from mpo.model.llama import Adapters, Llama, LlamaConfig, ScalarModel, new_score_head, rotary_frequencies
 from mpo.runtime import device, distributed
 from mpo.runtime.errors import InputError
@@ -23,14 +26,19 @@ from mpo.runtime.files import read_json, write_json, write_tensors
 
 M = TypeVar("M", Llama, ScalarModel)
 SHARD_BYTES = 4 << 30
+INDEX, GENERATION = "model.safetensors.index.json", "generation_config.json"
 
 
-def save_model(folder: Path, model: Llama | ScalarModel, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write config.json and model.safetensors, or several shards with an index if the model is larger than one.
+def save_model(
+    folder: Path, model: Llama | ScalarModel, tokenizer: Tokenizer | None = None, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write a model, in one file or in several with an index if it is larger than `shard_bytes`, and its tokenizer.
 
-    A language model opens in transformers as LlamaForCausalLM. A scalar model's head is `score.weight`; its
-    `score_mean` and `score_std` are this project's own. Adapters are merged into the weights; those of a language model
-    are also written to the subfolder `adapters`.
+    The folder then holds all that another program needs: config.json and, if the model came with one,
+    generation_config.json, both with the EOS that the tokenizer ends responses with; and the tokenizer's files with its
+    chat template. A language model opens in transformers as the family that it came from. A scalar model's head is
+    `score.weight`; its `score_mean` and `score_std` are this project's own. Adapters are merged into the weights; those
+    of a language model are also written to the subfolder `adapters`.
     """
     causal = isinstance(model, Llama)
     distributed.reshard(model)
@@ -50,13 +58,32 @@ def save_model(folder: Path, model: Llama | ScalarModel, shard_bytes: int = SHAR
     if len(shards) > 1:
         where = {name: _shard_name(i, len(shards)) for i, shard in enumerate(shards) for name in shard}
         total = sum(t.numel() * t.element_size() for t in tensors.values())
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
     if isinstance(model, Llama) and model.adapters:
         lora.save_adapters(folder / "adapters", model)
-    write_json(
-        folder / "config.json",
-        config_to_json(model.config, "LlamaForCausalLM" if causal else "MPOScalarModel", model.model.norm.weight.dtype),
-    )
+        if tokenizer:
+            tokenizer.save(folder / "adapters")
+    config, generation = model.config, model.generation_config
+    if tokenizer:
+        tokenizer.save(folder)
+        config, generation = with_ids_of(config, generation, tokenizer.bos, tokenizer.eos)
+    if generation is not None:
+        write_json(folder / GENERATION, generation)
+    dtype = model.model.norm.weight.dtype
+    write_json(folder / "config.json", config_to_json(config, not causal, dtype))
+    if distributed.is_main():
+        written = {_shard_name(i, len(shards)) for i in range(len(shards))} | ({INDEX} if len(shards) > 1 else set())
+        written |= ({GENERATION} if generation else set()) | (tokenizer.vocabulary.files.keys() if tokenizer else set())
+        _remove_others(folder, ("model*.safetensors", INDEX, GENERATION, *(FILES if tokenizer else ())), written)
+        if not model.adapters:
+            _remove_others(folder / "adapters", ("adapter_model.safetensors", "adapter_config.json", *FILES), set())
+
+
+def _remove_others(folder: Path, patterns: Sequence[str], written: Set[str]) -> None:
+    """Remove what another model that was saved here before has left, so that no two models are mixed."""
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        if str(path.relative_to(folder)) not in written:
+            path.unlink()
 
 
 def _shard_name(i: int, count: int) -> str:
@@ -65,11 +92,11 @@ def _shard_name(i: int, count: int) -> str:
 
 def _files(folder: Path) -> list[Path]:
     """The safetensors files of a folder. Raises InputError for a name in the index that leads out of the folder."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if not index.exists():
-        raise InputError(f"{folder}: holds neither model.safetensors nor model.safetensors.index.json")
+        raise InputError(f"{folder}: holds neither model.safetensors nor {INDEX}")
     where = read_json(index)
     where = where.get("weight_map") if isinstance(where, dict) else None
     if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
@@ -126,6 +153,7 @@ def _load(
     tied = isinstance(model, Llama) and config.tie_word_embeddings
     if tied:
         del wanted["lm_head.weight"]
+        _check_tied(folder, tensors)
     for name, where in tensors.where.items():
         if name not in wanted:
             if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
@@ -151,7 +179,20 @@ def _load(
     if isinstance(model, Llama) and tied:
         model.tie()
     model.model.frequencies = rotary_frequencies(config).to(device.current())
+    model.generation_config = read_generation_config(folder)
     return model if adapters else model.requires_grad_(True)
+
+
+def _check_tied(folder: Path, tensors: Tensors) -> None:
+    """Raise InputError for a head of its own in the files of a model that has none, by its config.json."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if {head, embedding} <= tensors.where.keys() and not (
+        tensors.shape(head) == tensors.shape(embedding) and torch.equal(tensors.read(head), tensors.read(embedding))
+    ):
+        raise InputError(
+            f"{tensors.where[head]}: {head} differs from {embedding}, though tie_word_embeddings is true in "
+            f"{folder / 'config.json'}; set it to false there if the model has a head of its own"
+        )
 
 
 def load_model(folder: str | Path, adapters: Adapters | None = None) -> Llama:

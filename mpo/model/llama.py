@@ -26,6 +26,7 @@ Rope = tuple[Tensor, Tensor]  # cos and sin of the angles of N tokens, (N, d/2) 
 class LlamaConfig:
     """The shape of a model, in Hugging Face's names."""
 
+    model_type: str = "llama"  # the family (hf_config.py)
     vocab_size: int = 4096
     hidden_size: int = 96  # D
     intermediate_size: int = 256  # of the MLP
@@ -34,13 +35,19 @@ class LlamaConfig:
     num_key_value_heads: int = 2  # H_kv; each is used by H / H_kv query heads
     head_dim: int = 24
     max_position_embeddings: int = 1024
+    sliding_window: int | None = None  # how many tokens a token attends to; None: all before it
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] = field(default_factory=dict)  # {} or a llama3 scaling
     tie_word_embeddings: bool = True
     bos_token_id: int | None = 1  # None: the family has none, and EOS begins a text
-    eos_token_id: int = 2
+    eos_token_id: int | tuple[int, ...] = 2  # each of several ends a text elsewhere; here the tokenizer's EOS does
     pad_token_id: int | None = 3  # may be None: nothing is padded, and masks come from lengths
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a sequence. A sliding window changes nothing as long as the sequence fits into it."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
 
 def _shape(d: int, ffn: int, layers: int, heads: int, kv: int, **more: Any) -> LlamaConfig:
@@ -235,6 +242,7 @@ class Llama(nn.Module):
     """The language model: trunk and head. `forward` gives hidden states, logprobs.py applies the head."""
 
     adapters: Adapters | None = None  # lora.py
+    generation_config: dict[str, Any] | None = None  # generation_config.json, kept for the models that are written
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -269,6 +277,7 @@ class ScalarModel(nn.Module):
     """A trunk with a scalar head, which gives one number for each position: reward model and critic."""
 
     adapters: Adapters | None = None  # lora.py
+    generation_config: dict[str, Any] | None = None  # see Llama
 
     def __init__(self, config: LlamaConfig):
         super().__init__()

@@ -34,6 +34,7 @@ def adapters_of(config: Training, base: str) -> Adapters | None:
     targets = tuple(t.strip() for t in config.lora_targets.split(","))
     if unknown := set(targets) - set(TARGETS):
         raise InputError(f"--lora_targets {config.lora_targets}: {min(unknown)!r} is not one of {', '.join(TARGETS)}")
+    base = str(Path(base).resolve()) if Path(base).exists() else base  # peft may be run from any folder
     return Adapters(config.lora_rank, config.lora_alpha, targets, config.seed, base)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mpo.config import Training
 from mpo.data.batches import Pair
+from mpo.data.tokenizer import Tokenizer
 from mpo.model.checkpoint import save_model
 from mpo.model.llama import Llama, ScalarModel, configure_layers
 from mpo.runtime import distributed
@@ -85,6 +86,7 @@ def train(
     stage: Stage,
     keep: int = 0,
     carried: Stateful | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, float]:
     """Take one step on every batch, from the last save on; returns the means over the last tenth of the steps.
 
@@ -93,6 +95,7 @@ def train(
         units: what the loss is averaged over, counted in each pair (`accumulate`).
         keep: how many intermediate models to keep.
         carried: what the loss carries from step to step.
+        tokenizer: is written beside each intermediate model.
 
     Raises:
         RunError: a loss or gradient is not finite; no weight has been changed by it.
@@ -121,7 +124,7 @@ def train(
             raise failure(stage, step, e, rows, saves.before(step, numbers)) from None
         stage.log(step, metrics)
         if step + 1 in kept:
-            save_model(stage.out / kept[step + 1], model)
+            save_model(stage.out / kept[step + 1], model, tokenizer)
         recent = [*recent[-max(1, len(batches) // 10) :], metrics]
         numbers = {"recent": recent, "carried": carried.state_dict() if carried else {}}
         saves.after(step + 1, numbers, last=step + 1 == len(batches))

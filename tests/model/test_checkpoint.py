@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mpo.kernels.functions import Packing
-from mpo.model.checkpoint import load_model, load_scalar, save_model
+from mpo.model.checkpoint import load_as_scalar, load_model, load_scalar, save_model
+from mpo.model.hf_config import config_from_json
 from mpo.model.llama import scalar_from
 from mpo.runtime.errors import InputError
 from mpo.runtime.seeding import generator
@@ -24,7 +26,7 @@ def edit_json(path, **changes):
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 4000])
 def test_a_model_saved_as_one_file_or_as_several_loads_unchanged(tmp_path, shard_bytes):
     model = small_model(tie_word_embeddings=False)
-    save_model(tmp_path, model, shard_bytes)
+    save_model(tmp_path, model, shard_bytes=shard_bytes)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes == 4000)
     loaded = load_model(tmp_path)
     assert loaded.config == model.config
@@ -59,9 +61,11 @@ def test_a_model_without_bos_is_saved_without_bos(tmp_path):
     [
         ({"bos_token_id": -1}, "bos_token_id must be a whole number from 0 on"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"eos_token_id": [2, -1]}, "eos_token_id must be a whole number from 0 on, found -1"),
+        ({"model_type": ["llama"]}, "is not supported; llama and mistral are"),
+        ({"sliding_window": "wide"}, "sliding_window must be a whole number from 0 on, found 'wide'"),
         ({"attention_bias": True}, "attention_bias is not supported"),
         ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window is not supported, found 4096"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types other than 'full_attention'"),
         ({"num_local_experts": 8}, "num_local_experts is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
@@ -97,7 +101,7 @@ def test_a_missing_pad_token_and_one_that_equals_eos_are_read_as_none(tmp_path, 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "weights.bin"])
 def test_an_index_may_only_name_safetensors_files_in_its_own_folder(tmp_path, name):
-    save_model(tmp_path, small_model(), 4000)
+    save_model(tmp_path, small_model(), shard_bytes=4000)
     index = tmp_path / "model.safetensors.index.json"
     raw = json.loads(index.read_text())
     raw["weight_map"]["model.norm.weight"] = name
@@ -121,4 +125,87 @@ def test_the_message_says_which_file_is_missing(tmp_path):
     save_model(tmp_path, small_model())
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(InputError, match="holds neither"):
+        load_model(tmp_path)
+
+
+def test_a_tied_head_that_was_written_too_must_be_the_embedding(tmp_path):
+    """Without this, a head of its own would be dropped, and the model would compute something else."""
+    save_model(tmp_path, small_model())
+    weights = load_file(tmp_path / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    save_file(weights | {"lm_head.weight": embedding.clone()}, tmp_path / "model.safetensors")
+    load_model(tmp_path)
+    for head in (embedding + torch.eye(61, 24) * 1e-3, embedding[:60].clone()):
+        save_file(weights | {"lm_head.weight": head}, tmp_path / "model.safetensors")
+        with pytest.raises(InputError, match=r"lm_head\.weight differs from .* though tie_word_embeddings is true"):
+            load_model(tmp_path)
+        load_as_scalar(tmp_path, generator(0, "head"))  # a reward model has no head for words
+
+
+def test_a_sliding_window_limits_the_length_and_is_kept_with_the_family(tmp_path):
+    save_model(tmp_path / "first", small_model())
+    edit_json(tmp_path / "first" / "config.json", model_type="mistral", sliding_window=64)
+    model = load_model(tmp_path / "first")
+    assert (model.config.longest, model.config.max_position_embeddings) == (64, 1024)
+    save_model(tmp_path / "second", model)
+    written = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert (written["model_type"], written["sliding_window"]) == ("mistral", 64)
+    assert written["architectures"] == ["MistralForCausalLM"]
+    edit_json(tmp_path / "first" / "config.json", sliding_window=None)
+    save_model(tmp_path / "second", load_model(tmp_path / "first"))
+    written = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert written["sliding_window"] is None  # left out, it would mean 4096 in transformers
+    assert load_model(tmp_path / "second").config.longest == 1024
+
+
+def test_an_option_that_a_config_leaves_out_means_what_it_means_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 2}
+    for family, theirs in (("llama", transformers.LlamaConfig), ("mistral", transformers.MistralConfig)):
+        raw = {"model_type": family, "num_attention_heads": 16, **sizes}
+        (tmp_path / "config.json").write_text(json.dumps(raw))
+        ours, expected = config_from_json(tmp_path / "config.json"), theirs(num_attention_heads=16, **sizes)
+        names = "max_position_embeddings rms_norm_eps num_key_value_heads bos_token_id tie_word_embeddings".split()
+        for name in names:
+            assert getattr(ours, name) == getattr(expected, name), (family, name)
+        assert ours.head_dim == 4
+        assert ours.sliding_window == getattr(expected, "sliding_window", None)
+
+
+@pytest.mark.parametrize(
+    ("given", "generation", "config_says", "generation_says"),
+    [
+        ({"eos_token_id": 2}, None, 2, None),
+        ({"eos_token_id": [7, 2]}, None, [7, 2], None),
+        ({"eos_token_id": [7]}, {"top_p": 0.9}, [7, 2], {"top_p": 0.9, "eos_token_id": [7, 2]}),
+        ({"eos_token_id": 0}, {"eos_token_id": [5], "bos_token_id": 9}, [0, 5, 2], {"bos_token_id": 1}),
+        ({"eos_token_id": None}, {}, 2, {"eos_token_id": 2}),
+        ({"eos_token_id": 2, "pad_token_id": 2}, {"pad_token_id": 2}, 2, {"pad_token_id": 2}),
+        ({"eos_token_id": [7, 2], "pad_token_id": 2}, None, [7, 2], None),
+    ],
+)
+def test_every_id_that_stops_a_text_is_written_and_our_eos_among_them(
+    tmp_path, tokenizer, given, generation, config_says, generation_says
+):
+    """The tokenizer's EOS is 2 and its BOS 1."""
+    save_model(tmp_path / "first", small_model(pad_token_id=None))
+    edit_json(tmp_path / "first" / "config.json", bos_token_id=9, **given)
+    if generation is not None:
+        (tmp_path / "first" / "generation_config.json").write_text(json.dumps(generation))
+    save_model(tmp_path / "second", load_model(tmp_path / "first"), tokenizer)
+    written = json.loads((tmp_path / "second" / "config.json").read_text())
+    assert (written["bos_token_id"], written["eos_token_id"]) == (1, config_says)
+    assert written["pad_token_id"] is None
+    assert (tmp_path / "second" / "generation_config.json").exists() == (generation is not None)
+    if generation is not None:
+        kept = json.loads((tmp_path / "second" / "generation_config.json").read_text())
+        assert kept.items() >= generation_says.items()
+        assert kept["eos_token_id"] == config_says
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"eos_token_id": -1}', '{"eos_token_id": [2, "x"]}', "{"])
+def test_a_damaged_generation_config_is_refused(tmp_path, content):
+    save_model(tmp_path, small_model())
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"generation_config\.json: "):
         load_model(tmp_path)

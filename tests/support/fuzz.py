@@ -72,7 +72,7 @@ class GoodInputs:
         self.comparisons = (json.dumps(comparison) + "\n") * 3
         self.model = small_model(vocab_size=self.tokenizer.size)
         save_model(folder / "model", self.model)
-        save_model(folder / "shards", self.model, 30_000)
+        save_model(folder / "shards", self.model, shard_bytes=30_000)
         save_model(folder / "rm", scalar_from(self.model, generator(0, "head")))
         self.tokenizer.save(folder / "tokenizer")
         self.files = {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

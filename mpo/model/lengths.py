@@ -1,0 +1,41 @@
+"""The longest sequence that each model of a stage can take, compared with the longest that it will see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from mpo.data.batches import Pair
+from mpo.model.hf_config import config_from_json
+from mpo.runtime.errors import InputError
+
+
+def check_lengths(
+    folders: Sequence[tuple[str, str]], sequences: Iterable[tuple[int, int]], response: str = "--max_response"
+) -> None:
+    """Raise InputError, with the numbers, if a sequence is longer than a model was made for.
+
+    Nothing else would stop it: rotary positions beyond those of its training only make a model worse, unnoticed.
+
+    Args:
+        folders: (flag, folder) of every model that sees the sequences.
+        sequences: tokens of each prompt, and of its response.
+        response: the flag that limits the latter.
+    """
+    prompt, rest = max(sequences, key=sum, default=(0, 0))
+    for flag, folder in folders:
+        config = config_from_json(Path(folder) / "config.json")
+        if prompt + rest > config.longest:
+            why = "max_position_embeddings" if config.longest == config.max_position_embeddings else "sliding_window"
+            raise InputError(
+                f"{flag} {folder}: takes at most {config.longest} tokens ({why} in config.json), but the longest "
+                f"sequence has {prompt + rest}, {prompt} of the prompt and {rest} of the response; lower --max_prompt "
+                f"or {response} until they add up to {config.longest}"
+            )
+
+
+def sequences_of(pairs: Iterable[Pair]) -> Iterator[tuple[int, int]]:
+    """Tokens of prompt and response, for both responses of each pair."""
+    for pair in pairs:
+        yield len(pair.prompt), len(pair.chosen)
+        yield len(pair.prompt), len(pair.rejected)
