@@ -73,6 +73,8 @@ def check(config: DataConfig) -> None:
     """Refuse flags that contradict each other."""
     if config.noise and config.data != "builtin":
         raise InputError(f"--noise {config.noise}: needs the built-in world; leave out --data {config.data}")
+    if config.data == "builtin" and not (config.train and config.test):
+        raise InputError("--train, --test: the built-in world has no end, so that 0 (all) is not possible")
     if config.test_data and config.data in ("builtin", config.test_data):
         raise InputError(f"--test_data {config.test_data}: needs --data with other rows, to train on")
 

@@ -67,7 +67,7 @@ def main(config: SplitConfig) -> None:
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
     check_lengths(rms, sequences_of(pairs))
     print(f"split: rows: {counts_text(counts)}")
-    scores = [score_all(rm, pairs, config.batch) for rm in models]
+    scores = [score_all(rm, pairs, config.microbatch) for rm in models]
     chosen, rejected = (torch.stack(s) for s in zip(*scores, strict=True))  # (K, N) each
     gaps = (chosen - rejected).mean(0)
     log_odds = ((chosen - rejected) * torch.stack([rm.score_std.cpu() for rm in models])[:, None]).mean(0)

@@ -50,6 +50,8 @@ def main(config: DPOConfig) -> None:
     pairs, counts = encode(read_rows(config.data), tokenizer, config.max_prompt, config.max_response)
     if any(p.row.noise is not None for p in pairs) and not objective.uses_noise:
         raise InputError(f"{config.data}: its rows carry label noise, which --loss {config.loss} ignores; take cdpo")
+    if sure := [p.row.id for p in pairs if p.row.noise == 0 and "exo_pair" in objective.names]:
+        raise InputError(f"{config.data}: row {sure[0]} has a noise of 0, for which --loss exo_pair is infinite")
     check_lengths(models, sequences_of(pairs))
     counts |= left_out(pairs, config.batch)
     print(f"{stage.name}: rows: {counts_text(counts)}")

@@ -41,6 +41,10 @@ def check(config: PPOConfig) -> None:
     exact_div(config.minibatch, config.microbatch, "--minibatch", "--microbatch")
     exact_div(config.batch, config.group, "--batch", "--group")
     adapters_of(config, config.model)
+    if config.advantage == "gae" and config.critic_warmup >= config.iterations:
+        raise InputError(
+            f"--critic_warmup {config.critic_warmup}: leaves none of the {config.iterations} iterations to the policy"
+        )
     if config.advantage in ("rloo", "grpo", "dr_grpo") and config.group < 2:
         raise InputError(f"--advantage {config.advantage}: compares responses to one prompt; set --group to 2 or more")
     if config.kl_target and next_kl_coef(1.0, 0.0, config.kl_target, config.kl_horizon, config.batch) <= 0:

@@ -71,7 +71,8 @@ def command(folder: Path, stage: str, microbatch: int) -> list[str]:
         "dpo": ["train_dpo.py", "--data", f"{folder}/data/train.jsonl", *model, "--steps", "2"],
         "ppo": [
             *("train_ppo.py", "--prompts", f"{folder}/data/train.jsonl", *model, "--ref", f"{folder}/model"),
-            *("--rm", f"{folder}/rm", "--iterations", "1", "--max_new", str(RESPONSE), "--epochs", "1"),
+            *("--rm", f"{folder}/rm", "--iterations", "1", "--critic_warmup", "0"),
+            *("--max_new", str(RESPONSE), "--epochs", "1"),
         ],
     }[stage]
     sizes = ["--batch", "16", "--minibatch", str(microbatch)] if stage == "ppo" else ["--batch", str(microbatch)]

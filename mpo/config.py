@@ -171,7 +171,7 @@ class SplitConfig(Limits):
     # Data and models
     data: str  # folder of the data stage
     rm: str  # folder of the reward model, or folder,folder,... of an ensemble, whose scores are averaged
-    batch: Size = 64  # pairs scored at once
+    microbatch: Size = 64  # pairs scored at once
 
     # Split
     gamma: str = "q0.5"  # the threshold: a number, or qX for the X quantile of |gap|

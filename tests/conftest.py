@@ -93,6 +93,7 @@ def run_pipeline(run: Path, task: str, seed: int = 1) -> None:
     stage("train_dpo.py", "dpo", "--data", pairs, "--model", run / "sft", *SMALL)
     models = ("--model", run / "dpo", "--ref", run / "dpo", "--rm", run / "rm")
     sizes = ("--iterations", 2, "--batch", 8, "--minibatch", 4, "--microbatch", 2, "--max_new", 10, "--threads", 1)
+    sizes += ("--critic_warmup", 1)
     stage("train_ppo.py", "mpo", "--prompts", prompts, *models, *sizes)
     policies = ",".join(f"{p}={run / p}" for p in ("sft", "dpo", "mpo"))
     sampling = ("--prompts", 8, "--max_new", 12, "--threads", 1)

@@ -132,6 +132,7 @@ def test_the_makes_of_an_experiment_see_its_variables_but_no_unknown_ones():
         ("RM_FLAGS=--lora_rank yes", "train_rm.py: error: --lora_rank yes: not a whole number"),
         ("LOSS=sgimoid", "train_dpo.py: error: --loss sgimoid: unknown loss 'sgimoid'; did you mean sigmoid?"),
         ("mpo_FLAGS=--lr fast", "train_ppo.py: error: --lr fast: not a number"),
+        ('SFT_FLAGS=--lr "1', "train_sft.py: error: train_sft.py --out "),
         ("EVAL_FLAGS=--promts 9", "eval.py: error: unknown flag --promts; did you mean --prompts?"),
     ],
 )

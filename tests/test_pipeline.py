@@ -207,6 +207,11 @@ def test_sft_starts_from_a_real_checkpoint(hh_run, tmp_path):
         ),
         (
             "train_ppo.py",
+            [*"--prompts x --model x --ref x --rm x --iterations 3".split()],
+            "--critic_warmup 3: leaves none of the 3 iterations to the policy",
+        ),
+        (
+            "train_ppo.py",
             [*"--prompts x --model x --ref x --rm x --kl_target 1 --batch 128 --kl_horizon 25.6".split()],
             "--kl_horizon 25.6: must be above a fifth of --batch 128",  # 0.2 * 128 / 25.6 = 1: all of the price
         ),
@@ -222,6 +227,9 @@ def test_sft_starts_from_a_real_checkpoint(hh_run, tmp_path):
         ),
         ("split_data.py", ["--data", "{run}/data", "--rm", "{run}/rm", "--by", "uncertainty"], "two or more reward"),
         ("prepare_data.py", ["--data", "x.jsonl", "--noise", "0.1"], "--noise 0.1"),
+        ("prepare_data.py", ["--test", "0"], "the built-in world has no end"),
+        # Besides 4 special pieces, 256 bytes and 7 strings, each letter of the texts needs a piece.
+        ("train_tokenizer.py", ["--data", "{run}/data", "--vocab", "280"], "--vocab 280: the characters of the texts"),
         ("prepare_data.py", ["--data", "{run}/eval"], "expected the layout of HH-RLHF"),
     ],
 )
@@ -231,3 +239,14 @@ def test_bad_input_is_one_line(hh_run, tmp_path, script, flags, message):
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_row_without_any_noise_is_refused_for_a_loss_that_would_be_infinite(hh_run, tmp_path):
+    """EXO's target [1-e, e] has e = 0, and the divergence from it is infinite."""
+    lines = (hh_run / "split" / "easy.jsonl").read_text().splitlines()[:8]
+    rows = [json.loads(line) | {"noise": 0.0 if i == 5 else 0.1} for i, line in enumerate(lines)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--data", file, "--model", hh_run / "sft", *SMALL, "--out", tmp_path / "out")
+    done = run_script("train_dpo.py", *flags, "--loss", "sigmoid+0.5*exo_pair", expect=2)
+    assert f"row {rows[5]['id']} has a noise of 0, for which --loss exo_pair is infinite" in done.stderr

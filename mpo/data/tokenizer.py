@@ -7,6 +7,7 @@ response are tokenised separately and their ids joined. So the boundary is the s
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -100,30 +101,36 @@ def train_tokenizer(texts: Iterable[str], vocab: int, seed: int) -> Tokenizer:
     """Train a BPE tokenizer with byte fallback and a pad piece, on complete prompts and responses.
 
     Text is not normalised and gets no leading space, so that decoding restores it exactly. `vocab` is the largest
-    number of pieces; a small corpus yields fewer.
+    number of pieces; a small corpus yields fewer. Raises InputError where it is too small for the texts' characters.
     """
     out = io.BytesIO()
     sentencepiece.set_random_generator_seed(seed)
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(texts),
-        model_writer=out,
-        model_type="bpe",
-        vocab_size=vocab,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        character_coverage=0.9995,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        split_digits=True,
-        max_sentence_length=1 << 20,
-        user_defined_symbols=[*TURNS, *POST_PARTS, "\n"],
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=3,
-        pad_piece="<pad>",
-        num_threads=1,  # so that the result does not depend on the number of cores
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(texts),
+            model_writer=out,
+            model_type="bpe",
+            vocab_size=vocab,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            split_digits=True,
+            max_sentence_length=1 << 20,
+            user_defined_symbols=[*TURNS, *POST_PARTS, "\n"],
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=3,
+            pad_piece="<pad>",
+            num_threads=1,  # so that the result does not depend on the number of cores
+            minloglevel=2,
+        )
+    except RuntimeError as e:
+        needed = re.search(r"smaller than required_chars. \d+ vs (\d+)", str(e))
+        if not needed:
+            raise
+        raise InputError(f"--vocab {vocab}: the characters of the texts alone need {needed[1]} pieces") from None
     return Tokenizer(Sentencepiece(TokenizerFiles("the new tokenizer", {MODEL: out.getvalue()})))

@@ -41,6 +41,11 @@ class Objective:
     beta: float
 
     @property
+    def names(self) -> list[str]:
+        """The losses that are summed."""
+        return [term.name for term in self.terms]
+
+    @property
     def reference_free(self) -> bool:
         """True if no term needs a reference model."""
         return all(term.name in REFERENCE_FREE for term in self.terms)

@@ -49,7 +49,11 @@ def main(argv: list[str]) -> None:
     """Check the commands on standard input. Raises InputError for the first mistake."""
     otherwise: list[tuple[str, str, list[str]]] = []  # script, folder, differences
     for line in filter(str.strip, sys.stdin):
-        script, *flags = shlex.split(line)
+        try:
+            script, *flags = shlex.split(line)
+        except ValueError as e:
+            sys.argv[0] = line.split()[0]
+            raise InputError(f"{line.strip()}: cannot be read ({e})") from None
         if script not in CONFIGS:
             raise InputError(f"{script}: not one of {', '.join(CONFIGS)}")
         sys.argv[0] = script  # so that an error names the stage

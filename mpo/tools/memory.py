@@ -171,7 +171,7 @@ def _ppo(config: PPOConfig, c: LlamaConfig, processes: int) -> Load:
 
 
 def _split(config: SplitConfig, c: LlamaConfig, processes: int) -> Load:
-    rows, scalars = -(-config.batch // processes), len(config.rm.split(","))
+    rows, scalars = -(-config.microbatch // processes), len(config.rm.split(","))
     return Load(0, scalars * parameters(c, scalar=True), rows * (config.max_prompt + 2 * config.max_response), 0)
 
 

@@ -18,7 +18,7 @@ from tests.support.hooks import WAIT_FOR_SIGNAL, script_with_hook
 from tests.support.scripts import ROOT, run_script
 
 DPO = "train_dpo.py --data {run}/split/pairs.jsonl --model {run}/sft --batch 8 --microbatch 4 --steps 60"
-SPLIT = "split_data.py --data {run}/data --rm {run}/rm --batch 9"
+SPLIT = "split_data.py --data {run}/data --rm {run}/rm --microbatch 9"
 EVAL = (
     "eval.py --data {run}/data --rm {run}/rm --policies sft={run}/sft,dpo={run}/dpo --prompts 11 --batch 4 --max_new 12"
 )
