@@ -19,7 +19,7 @@
 #   NPROC     processes of each stage that computes with a model
 #   SHARD     1: split every weight among these processes (FSDP2)
 #   DEVICE    cpu, cuda, cuda:1 or mps; if not set, a GPU where there is one
-#   REDO      1: give up finished stages and saves that were made with other flags or inputs
+#   REDO      1: discard finished stages and saves that were made with other flags or inputs
 #   QUICK     1: a smoke test of a few seconds for each stage; its numbers mean nothing
 #   SFT_FLAGS="--epochs 4": more flags of a stage; so do DATA_FLAGS, TOKENIZER_FLAGS, RM_FLAGS, SPLIT_FLAGS, DPO_FLAGS,
 #   PPO_FLAGS and EVAL_FLAGS, and for one folder alone its name: dpo-all_FLAGS="--beta 0.1"

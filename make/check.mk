@@ -12,8 +12,8 @@ stage_flags := $(addsuffix _FLAGS,DATA TOKENIZER SFT RM SPLIT DPO PPO EVAL $(fol
 run_takes   := TASK RUN DATA TEST_DATA MODEL SEED LOSS POLICIES RMS FROM LORA BF16 NPROC SHARD DEVICE REDO QUICK $(stage_flags)
 any_takes   := KERNELS PYTHON PIP CXX GOMP_SPINCOUNT SHELL
 
-# A goal takes the variables in GOAL_takes if there is such a line, and those of a run otherwise. A make that another
-# make or an experiment has started sees the variables of both.
+# A goal takes the variables in GOAL_takes if there is such a line, and those of a run otherwise. A make that was started
+# by another make or by an experiment also sees the variables of the one that started it.
 started := $(or $(MAKECMDGOALS),help)
 ifeq ($(MAKELEVEL),0)
 takes := $(any_takes) $(foreach goal,$(started),$(or $($(goal)_takes),$(run_takes)))
@@ -55,8 +55,9 @@ endif
 # `make -n`, so the word is in a variable.)
 commands = $(MAKE) --dry-run --always-make --no-print-directory python=stage: launch= $(RUN)/$(1)/manifest.json
 
-# make check-mpo: check the flags of everything that mpo needs, also against the flags of finished stages. Commands that
-# were checked since the last stage began are in .made-from/.checked, and are not checked again.
+# make check-mpo: check the flags of everything that mpo needs, also against the flags of finished stages. The commands
+# that passed are kept in .made-from/.checked. They are not checked again until mpo/config.py or a file in .made-from/
+# changes, as it does when a stage begins.
 check-%: .venv/.ready
 	@checked=$(RUN)/.made-from/.checked; \
 	for file in mpo/config.py $(RUN)/.made-from/*; do [ $$checked -nt $$file ] || checked=/dev/null; done; \

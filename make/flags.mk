@@ -13,8 +13,8 @@ not_matching  = $(shell printf '%s\n' $(foreach name,$(1),$(call quote,$(name)=$
 check         = $(if $(call given_by_user,$(1)),$(call stop,$(call not_matching,$(call given_by_user,$(1)),$(2)),$(3)))
 stop          = $(if $(1),$(error $(1): must be $(2)))
 
-# RUN and FROM are part of make's own file names, and STAGE of one of the shell's. DATA, TEST_DATA and MODEL are quoted,
-# but make expands a dollar sign and joins several spaces.
+# RUN and FROM become part of make's file names, and STAGE part of a path in a shell command. DATA, TEST_DATA and MODEL
+# are quoted, but make expands a dollar sign and joins several spaces.
 comma      := ,
 hash       := \#
 plain_name := a name without spaces and other signs that mean something to make or the shell
@@ -50,7 +50,7 @@ ifdef KERNELS
 export MPO_KERNELS := $(KERNELS)
 endif
 
-# Threads that wait for each other spin for a while, and then give up the core to whoever else wants it.
+# Threads that wait for each other keep their cores busy for a while, and then leave them to other programs.
 export GOMP_SPINCOUNT ?= 100000
 
 # $(call preset,STAGE): the flags that make/tasks.mk has for this stage
@@ -82,9 +82,9 @@ model_stage = $(call stage,$(launch) $(1),$(place) $(2))
 launch      = $(if $(filter-out 1,$(NPROC)),-m mpo.runtime.launch $(NPROC))
 place       = $(if $(SHARD),--shard true) $(if $(DEVICE),--device $(DEVICE))
 
-# What a stage is made from: its flags, the manifests of the stages before it, and the sizes and times of DATA, TEST_DATA or MODEL.
-# This file changes only when one of them does. Then the stage's script runs. It compares the hashes of its inputs with
-# those that it read before, and does nothing where neither they nor its flags have changed.
+# What a stage is made from: its flags, the manifests of the stages before it, and the sizes and times of DATA, TEST_DATA
+# or MODEL. This file changes only when one of them does. Then the stage's script runs. It compares its flags and the
+# hashes of its inputs with those in its manifest, and does nothing if they are equal.
 files_of_data      = $(call quote,$(DATA)) $(test_data)
 files_of_tokenizer = $(call quote,$(MODEL))
 files_of_sft       = $(call quote,$(MODEL))

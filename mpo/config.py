@@ -51,7 +51,7 @@ class Common:
     # The run
     out: str  # the folder that this stage writes
     seed: Count = 1  # every random choice is keyed by (seed, purpose, step)
-    overwrite: bool = False  # give up what is in --out, if it was made with other flags or inputs
+    overwrite: bool = False  # discard what is in --out, if it was made with other flags or inputs
     threads: Few = 0  # CPU threads; 0: OMP_NUM_THREADS where that is set, else one per core it may use
 
 

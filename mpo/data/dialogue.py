@@ -1,4 +1,4 @@
-"""The text of a prompt. This is the one place where messages become text, and where the form of a text is told.
+"""The text of a prompt. This is the one place where messages become text, and where the form of a text is recognised.
 
 A prompt has one of three forms:
 - dialogue: turns as in HH-RLHF, "\\n\\nHuman: ...\\n\\nAssistant: ...", that end in "\\n\\nAssistant:"; text before the
@@ -24,9 +24,9 @@ Message = tuple[str, str]
 
 
 def dialogue_text(messages: Sequence[Message]) -> str:
-    """Messages up to the user's last one, as the text of a dialogue. System messages stand in front, without a mark.
+    """Messages up to the user's last one, as the text of a dialogue. System messages come first, without a mark.
 
-    Raises Unusable where the answer would not come next, or where the text of a message would read as turns.
+    Raises Unusable if it is not the assistant's turn, or if the text of a message would read as several turns.
     """
     system = [text.strip() for _, text in takewhile(lambda message: message[0] == "system", messages)]
     turns = messages[len(system) :]
@@ -42,7 +42,7 @@ def dialogue_text(messages: Sequence[Message]) -> str:
 
 
 def prompt_of(text: str) -> str:
-    """A prompt that another format has as one string. Dialogues and texts that end in "TL;DR:" are kept as they are.
+    """The prompt made from a string of another format. A dialogue, or a text that ends in "TL;DR:", is kept as it is.
 
     Anything else becomes the user's turn of a dialogue. Raises Unusable as `dialogue_text` does.
     """

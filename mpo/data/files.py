@@ -1,4 +1,4 @@
-"""From a data file of any kind to JSON objects, each with the line that it stands on; and from these to rows."""
+"""From a data file of any kind to JSON objects, each with its line number, and from these to rows."""
 
 from __future__ import annotations
 
@@ -103,8 +103,8 @@ def convert_all(
 
     Args:
         objects: ("file:line", object) of each row.
-        convert: makes a row of them; raises InputError or Unusable.
-        name: a row without an id gets this name and its place.
+        convert: makes a row of such a pair; raises InputError or Unusable.
+        name: a row without an id gets one from this name and its place in the file.
     """
     for i, (where, item) in enumerate(objects):
         try:

@@ -1,4 +1,4 @@
-"""The formats that preference pairs come in. A line of `FORMATS` says how one is recognised, and how it is converted.
+"""The formats that preference pairs come in. `FORMATS` says how each is recognised, and how it is converted.
 
 The first row of a file decides which format the file has, and every other row must have the same one. What a message or
 a prompt becomes as text is decided in dialogue.py. docs/data.md has an example of each format.
@@ -28,18 +28,18 @@ from mpo.data.rows import (
 from mpo.runtime.errors import InputError
 
 OWN = "rows of this project"
-OWN_FIELDS = {"id", "domain", "margin", "noise"}  # one of them tells this project's rows from TRL's
+OWN_FIELDS = {"id", "domain", "margin", "noise"}  # a row with one of them is this project's, not one of TRL's
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant")
 TOOLS = {"tool", "function", "ipython", "observation", "function_call", "tool_call"}
 
 
 class Format(NamedTuple):
-    """What a format's rows have, as the refusal of an unknown format says it; and the two functions."""
+    """The fields of a format, in words for the message about an unknown format; and its two functions."""
 
     fields: str
     recognise: Callable[[Item], bool]
-    convert: Callable[[str, Item], Row]  # raises InputError, with the line in front, or Unusable
+    convert: Callable[[str, Item], Row]  # raises InputError, which names the line, or Unusable
 
 
 # --- messages --------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def _content(where: str, name: str, content: Any) -> str:
 
 
 def reply_of(where: str, item: Item, name: str) -> tuple[list[Message], str]:
-    """A response given as text, as a message, or as a dialogue that it ends: the messages before it, and its text."""
+    """The messages before a response, and its text. The field holds a text, a message, or a whole dialogue."""
     if item.get(name) is None or isinstance(item[name], str):
         return [], text_field(where, item, name)
     messages = messages_of(where, name, item.get(name))
@@ -93,7 +93,7 @@ def reply_of(where: str, item: Item, name: str) -> tuple[list[Message], str]:
 
 
 def from_messages(where: str, item: Item, prompt: Sequence[Message] = ()) -> Row:
-    """Responses that are messages, or dialogues; without `prompt`, the prompt is what both dialogues begin with."""
+    """A row whose responses are messages or dialogues. Without `prompt`, it is what precedes both last turns."""
     (before, chosen), (other, rejected) = (reply_of(where, item, name) for name in ("chosen", "rejected"))
     if before != other or (prompt and before not in ([], list(prompt))):
         raise Unusable("prompts differ")
@@ -117,11 +117,11 @@ def implicit_messages(where: str, item: Item) -> Row:
 
 
 def implicit_text(where: str, item: Item) -> Row:
-    """{"chosen": "...", "rejected": "..."}: the prompt is what both begin with, up to a whole word; it stays a text."""
+    """{"chosen": "...", "rejected": "..."}: the prompt is the beginning that both share, up to a whole word."""
     chosen, rejected = (text_field(where, item, name) for name in ("chosen", "rejected"))
     if chosen.strip() == rejected.strip():
         raise Unusable("same response twice")
-    at = 0  # where the last word begins that they do not share
+    at = 0  # where the first word begins in which they differ
     for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)):
         if a != b:
             break
@@ -223,11 +223,11 @@ FORMATS: dict[str, Format] = {
         "info, summaries, choice", lambda item: _has(item, dict, "info") and _has(item, list, "summaries"), tldr.parse
     ),
 }
-"""Of several formats that recognise a row, it has the first."""
+"""If several formats recognise a row, the first one counts."""
 
 
 def recognised(item: Item) -> str | None:
-    """The name of the format that a row has, None for an unknown one."""
+    """The name of a row's format; None if it is unknown."""
     return next((name for name, known in FORMATS.items() if known.recognise(item)), None)
 
 
@@ -238,7 +238,7 @@ def _fields(item: Item) -> str:
 def unknown(where: str, item: Item) -> InputError:
     """The refusal of a row whose format is not known."""
     known = "; ".join(f"{name} ({form.fields})" for name, form in FORMATS.items())
-    return InputError(f"{where}: unknown format; its fields are {_fields(item)}; known are {known}")
+    return InputError(f"{where}: unknown format; its fields are {_fields(item)}; the known formats are {known}")
 
 
 def _checked(name: str) -> Callable[[str, Item], Row]:
@@ -246,7 +246,7 @@ def _checked(name: str) -> Callable[[str, Item], Row]:
 
     def convert(where: str, item: Item) -> Row:
         if name == OWN:
-            item = {"id": None} | item  # a row without an id is one of this project's rows if the first row is
+            item = {"id": None} | item  # in a file of this project's rows, a row needs no id
         if (own := recognised(item)) not in (name, None):
             raise InputError(f"{where}: one of the {own}, but the file begins with {name}; a file has one format")
         row = FORMATS[name].convert(where, item)  # refuses a field that is missing or of another type

@@ -1,4 +1,4 @@
-"""Which rows are held out for testing, and which are taken where a flag asks for fewer than there are."""
+"""Which rows are held out for testing, and which are kept if a flag asks for fewer than there are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def hold_out(source: str, rows: Sequence[Row], share: float, seed: int) -> dict[
     """Divide rows at random into {"train": ..., "test": ...}, both in the order of the rows.
 
     All rows of a prompt are on one side. Each domain gives about the same share of its rows, and the test split has
-    at least one row; it has more than `share` of all rows only if no prompt has so few.
+    at least one row. It has more than `share` of all rows only if even the prompt with the fewest rows has more.
 
     Raises InputError, with `source` in front, where all rows have the same prompt.
     """
@@ -31,7 +31,7 @@ def hold_out(source: str, rows: Sequence[Row], share: float, seed: int) -> dict[
     order = torch.randperm(len(prompts), generator=generator(seed, "held out")).tolist()
     groups = [list(prompts.values())[i] for i in order]
     sizes, before, places = Counter(row.domain for row in rows), Counter[str](), list[float]()
-    for group in groups:  # the place of a prompt in its domain, from 0 to 1: the first in every domain are held out
+    for group in groups:  # the place of a prompt in its domain, from 0 to 1: those near 0 are held out
         domain = rows[group[0]].domain
         places.append((before[domain] + len(group) / 2) / sizes[domain])
         before[domain] += len(group)
@@ -49,7 +49,7 @@ def hold_out(source: str, rows: Sequence[Row], share: float, seed: int) -> dict[
 
 
 def sample(rows: Sequence[Row], most: int, seed: int, purpose: str) -> list[Row]:
-    """At most so many rows, chosen at random and kept in order; all of them if `most` is 0."""
+    """At most `most` rows, chosen at random and kept in order; all of them if `most` is 0."""
     if not most or len(rows) <= most:
         return list(rows)
     chosen = torch.randperm(len(rows), generator=generator(seed, purpose))[:most]

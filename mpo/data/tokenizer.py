@@ -18,7 +18,7 @@ from mpo.data.vocabulary import Sentencepiece, Vocabulary, load_vocabulary
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_bytes
 
-# These strings have a token each, and no other string maps to it.
+# Each of these strings has a token of its own, which no other text is encoded into.
 TURNS = ("\n\nHuman:", "\n\nAssistant:")
 POST_PARTS = ("SUBREDDIT:", "\n\nTITLE:", "\n\nPOST:", "\n\nTL;DR:")
 
@@ -44,18 +44,18 @@ class Tokenizer:
         for i in ids:
             if i == self.eos:
                 break
-            if i not in (self.bos, self.pad) and i < self.size:  # a model may have more rows than there are pieces
+            if i not in (self.bos, self.pad) and i < self.size:  # a model may have more embeddings than pieces
                 kept.append(int(i))
         return self.vocabulary.decode(kept)
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer's files, and the chat templates among them, into a folder."""
+        """Write the tokenizer's files, chat templates included, into a folder."""
         for name, content in self.vocabulary.files.items():
             write_bytes(folder / name, content)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load the tokenizer of a model or tokenizer folder. Raises InputError (`load_vocabulary`)."""
+    """Load the tokenizer of a model or tokenizer folder. Raises InputError as `load_vocabulary` does."""
     return Tokenizer(load_vocabulary(Path(folder)))
 
 
@@ -90,7 +90,7 @@ def check_rows(tokenizer: Tokenizer, flag: str, folder: str) -> None:
     path = Path(folder) / "config.json"
     config = read_json(path) if path.is_file() else None  # a folder of a tokenizer alone has none
     rows = config.get("vocab_size") if isinstance(config, dict) else None
-    if isinstance(rows, int) and rows < tokenizer.size:  # what is no number is refused where the model is read
+    if isinstance(rows, int) and rows < tokenizer.size:  # anything but a number is refused where the model is read
         raise InputError(
             f"{flag} {folder}: config.json says vocab_size {rows}, but the tokenizer has {tokenizer.size} ids; use the "
             "model's own tokenizer"

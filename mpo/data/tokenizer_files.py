@@ -1,6 +1,6 @@
 """The files of a tokenizer in a model's folder: which there are, and what they say of special and added tokens.
 
-They come along, unchanged, wherever a stage writes a model.
+They are copied into every model folder that a stage writes.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ class TokenizerFiles:
 
     @property
     def read_elsewhere(self) -> tuple[str, ...]:
-        """The files that transformers asks for special tokens, the one that decides first."""
+        """The files in which transformers looks up special tokens, in that order."""
         return (CONFIG,) if "added_tokens_decoder" in self.read(CONFIG) else (OF_SPECIALS, CONFIG)
 
     def special(self, kind: str, names: Sequence[str] = ()) -> str | None:
-        """The text of the special token of this kind in these files, or in all of them; None if they give none."""
+        """The text of the special token of this kind, from the files `names` or from any; None without one."""
         given = (self.read(name).get(f"{kind}_token") for name in names or (*self.read_elsewhere, OF_SPECIALS))
         return next((text for token in given if (text := _text(token)) is not None), None)
 
     def special_texts(self) -> set[str]:
-        """The texts of all tokens that the files call special."""
+        """The texts of all tokens that any file calls special."""
         texts = {self.special(kind) for kind in KINDS}
         for name in (CONFIG, OF_SPECIALS):
             for field_name in ("additional_special_tokens", "extra_special_tokens"):

@@ -30,7 +30,7 @@ class Vocabulary(Protocol):
 
     @property
     def identity(self) -> str:
-        """A hash of all that turns text into ids: pieces, merges, added tokens, BOS and EOS. No template is in it."""
+        """A hash of all that turns text into ids: pieces, merges, added tokens, BOS and EOS, but not chat templates."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. They never include a special token, whatever the text contains."""
@@ -46,7 +46,7 @@ class Sentencepiece:
     """A sentencepiece model, as in tokenizer.model, and the tokens that other files of its folder add to it."""
 
     def __init__(self, files: TokenizerFiles):
-        """Raises InputError for a file that is no such model, or contradicts the others, or if no token is EOS."""
+        """Raises InputError if the file is no such model or contradicts the others, or if no token is EOS."""
         model, where = files.content[MODEL], f"{files.where}/{MODEL}"
         self.sp = sentencepiece.SentencePieceProcessor()
         try:
@@ -70,14 +70,14 @@ class Sentencepiece:
         return id if self.piece(id) == text else None  # sentencepiece gives the id of <unk> for what is no piece
 
     def _close(self, model: bytes, specials: set[int | None]) -> None:
-        """See to it that no text is encoded into a special token, even where it is an ordinary piece of the model."""
+        """Make sure that no text is encoded into a special token, even if the model has it as an ordinary piece."""
         inside = [i for i in specials if i is not None and i < self.pieces]
         if ordinary := [i for i in inside if not self.sp.IsControl(i) and not self.sp.IsUnknown(i)]:
             self.sp.LoadFromSerializedProto(_with_control_pieces(model, ordinary))
 
     def _new_config(self) -> dict[str, Any]:
         """A tokenizer_config.json with which transformers tokenises in the same way."""
-        prefix = self.piece(self.encode("a")[0]).startswith("▁")  # puts a space before every text, as Llama's own does
+        prefix = self.piece(self.encode("a")[0]).startswith("▁")  # it puts a space before every text, like Llama's own
         flags = {"legacy": False, "add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False}
         return {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": prefix, **flags}
 
@@ -100,7 +100,7 @@ class Sentencepiece:
         return text
 
     def _is_spelled(self, id: int) -> bool:
-        """Whether a token stands for its own name and not for a part of a text."""
+        """Whether decoding gives the name of this token: it is special or added, and stands for no part of a text."""
         return id >= self.pieces or id in self.added or bool(self.sp.IsControl(id))
 
     def _decode_pieces(self, ids: list[int]) -> str:
@@ -183,8 +183,8 @@ def special_ids(
 ) -> dict[str, int | None]:
     """The ids of BOS, EOS, pad and unknown, each None if there is none.
 
-    The tokenizer's own files come first, then what the vocabulary itself says (`own`), and for BOS and EOS then
-    config.json. Raises InputError for a BOS or EOS that the vocabulary does not have.
+    They are looked up first in the tokenizer's files, then in the vocabulary itself (`own`), and then, for BOS and
+    EOS, in config.json. Raises InputError for a BOS or EOS that the vocabulary does not have.
     """
     known = dict[str, int | None]()
     for kind in KINDS:
@@ -213,10 +213,10 @@ def _rules(files: TokenizerFiles, known: dict[str, int | None]) -> tuple[int, in
 def _with_names(
     files: TokenizerFiles, known: dict[str, int | None], piece: Callable[[int], str], new: dict[str, Any]
 ) -> dict[str, bytes]:
-    """The files to write: those that are there. tokenizer_config.json also gets special tokens that are named nowhere.
+    """The files to write: those that were read. Special tokens that no file names are added to tokenizer_config.json.
 
-    transformers would otherwise take a default such as "<s>", even where it is no token, or none. `new`: the rest of
-    a tokenizer_config.json that has to be made.
+    transformers would otherwise assume a default such as "<s>", which may not even exist, or no token at all. `new`:
+    the other entries of a tokenizer_config.json, if the folder has none.
     """
     missing = {kind: id for kind, id in known.items() if files.special(kind, files.read_elsewhere) is None}
     named = {f"{kind}_token": piece(id) for kind, id in missing.items() if id is not None}
@@ -262,7 +262,7 @@ def _as_varint(value: int) -> bytes:
 def _compare_with_json(files: TokenizerFiles, sp: Any, added: dict[int, str]) -> None:
     """Raise InputError where a tokenizer.json beside tokenizer.model is that of another vocabulary.
 
-    Other programs read the one, this project reads the other.
+    Other programs read the former, this project reads the latter.
     """
     model = files.read(JSON).get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -280,12 +280,12 @@ def _compare_with_json(files: TokenizerFiles, sp: Any, added: dict[int, str]) ->
 
 
 def _with_first_space(text: str, first: str) -> str:
-    """A vocabulary that puts a space before every text removes the first one when it decodes; here it is put back."""
+    """Put back the first space, which a vocabulary that puts a space before every text removes when it decodes."""
     return " " + text if first.startswith("▁") and not text.startswith(" ") else text
 
 
 def _pip_install(package: str) -> str:
-    """The command that installs a package for the Python that runs."""
+    """The command that installs a package for the Python that is running."""
     here = os.path.relpath(sys.executable)
     return f"{sys.executable if here.startswith('..') else here} -m pip install {package}"
 

@@ -1,4 +1,4 @@
-"""config.json of the Hugging Face layout: read into a LlamaConfig, and written from one; and generation_config.json.
+"""config.json of the Hugging Face layout, read into a LlamaConfig and written from one; also generation_config.json.
 
 Llama 1 to 3, TinyLlama and SmolLM2 have model_type "llama"; Mistral is the same model under another name. Whatever
 this project cannot compute exactly (biases, experts, other architectures) is refused by name.
@@ -55,7 +55,7 @@ def config_from_json(path: Path) -> LlamaConfig:
     optional = ("max_position_embeddings", "sliding_window", "rms_norm_eps")
     fields |= {name: raw[name] for name in optional if raw.get(name) is not None}
     bos, eos, pad = raw.get("bos_token_id", LlamaConfig.bos_token_id), stop_ids(raw), raw.get("pad_token_id")
-    pad = None if pad == -1 or eos == (pad,) else pad  # a mask made from EOS pads would hide every EOS
+    pad = None if pad == -1 or eos == (pad,) else pad  # if EOS were the pad, a mask made from ids would hide every EOS
     shape = {"num_key_value_heads": raw.get("num_key_value_heads") or heads}
     shape["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // heads
     for name, value in (fields | shape | {"rope_theta": theta} | rope).items():
@@ -65,7 +65,10 @@ def config_from_json(path: Path) -> LlamaConfig:
         if value is not None:
             _number(path, name, value, True)
     if heads % shape["num_key_value_heads"] or shape["head_dim"] % 2:
-        raise InputError(f"{path}: {heads} heads of {shape} do not make groups, or rotary pairs")
+        raise InputError(
+            f"{path}: num_attention_heads {heads} must be a multiple of num_key_value_heads "
+            f"{shape['num_key_value_heads']}, and head_dim {shape['head_dim']} must be even"
+        )
     return LlamaConfig(
         **fields,
         **shape,
@@ -101,10 +104,10 @@ def read_generation_config(folder: Path) -> dict[str, Any] | None:
 def with_ids_of(
     config: LlamaConfig, generation: dict[str, Any] | None, bos: int, eos: int
 ) -> tuple[LlamaConfig, dict[str, Any] | None]:
-    """Both configs with the ids that a model was trained with, so that a program that reads them stops where it does.
+    """Both configs with the BOS and EOS of this project's training, so that other programs stop where the model does.
 
-    Every id that stopped the model before still does. Without a BOS of its own, a tokenizer gives EOS as BOS; what
-    config.json says then stays.
+    Every id that ended a text before still does. For a tokenizer without BOS, `bos` is EOS; config.json then keeps the
+    BOS that it had.
     """
     stops = tuple(dict.fromkeys((*stop_ids(config.__dict__), *stop_ids(generation or {}), eos)))
     ids: dict[str, Any] = {"eos_token_id": stops[0] if len(stops) == 1 else stops}

@@ -15,12 +15,12 @@ def check_lengths(
 ) -> None:
     """Raise InputError, with the numbers, if a sequence is longer than a model was made for.
 
-    Nothing else would stop it: rotary positions beyond those of its training only make a model worse, unnoticed.
+    Nothing else would report it: beyond the positions that it was trained on, a model only becomes worse.
 
     Args:
         folders: (flag, folder) of every model that sees the sequences.
         sequences: tokens of each prompt, and of its response.
-        response: the flag that limits the latter.
+        response: the flag that limits the tokens of a response.
     """
     prompt, rest = max(sequences, key=sum, default=(0, 0))
     for flag, folder in folders:

@@ -22,7 +22,7 @@ def cores(root: Path = Path("/")) -> int:
     """The number of cores that this process may use, at least 1.
 
     These are the cores that it may run on (taskset and batch systems choose some), or fewer if its container has a
-    limit on CPU time: a limit of 2.5 cores counts as 2. `root` is the folder that has proc/ and sys/.
+    limit on CPU time: a limit of 2.5 cores counts as 2. `root` is the folder that holds proc/ and sys/.
     """
     on_linux = hasattr(os, "sched_getaffinity")
     allowed = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
@@ -37,9 +37,9 @@ def _limits(root: Path) -> Iterator[float]:
         return
     for line in filter(lambda line: line.count(":") >= 2, lines):
         _, controllers, path = line.split(":", 2)
-        if controllers == "":  # version 2 has one tree for all controllers
+        if controllers == "":  # cgroups version 2 has one tree for all controllers
             trees = ["", "unified"]
-        elif "cpu" in controllers.split(","):  # version 1 has a tree for each, or for several together
+        elif "cpu" in controllers.split(","):  # version 1 has a tree for each controller or for several
             trees = ["cpu", controllers]
         else:
             continue
@@ -49,7 +49,7 @@ def _limits(root: Path) -> Iterator[float]:
 
 
 def _limit(folder: Path) -> float:
-    """The limit of one group: CPU time per time. Infinite if it has none, or if its files are not visible here."""
+    """The limit of one group, in cores. Infinite if it has none, or if its files are not visible here."""
     try:
         if (folder / "cpu.max").exists():
             quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
@@ -72,11 +72,11 @@ def threads_asked_for() -> int:
         return int(read_number("OMP_NUM_THREADS", int, Range(1, 1_000), text.split(",")[0].strip())) if text else 0
     except InputError as e:
         if text not in _told:
-            note(f"{e}; it is ignored (--threads takes one)")
+            note(f"{e}; it is ignored (--threads also sets the number)")
             _told.add(text)
         return 0
 
 
 def threads(flag: int = 0, processes: int = 1) -> int:
-    """The threads of each process: as many as --threads says, else OMP_NUM_THREADS, else its share of the cores."""
+    """The number of threads of each process: --threads, or else OMP_NUM_THREADS, or else its share of the cores."""
     return flag or threads_asked_for() or max(1, cores() // processes)

@@ -2,7 +2,7 @@
 
 The lock belongs to the operating system (fcntl) and ends with its process, however that ends, so that on one machine
 no lock outlives its owner. Machines that share a folder may not see each other's locks. So the owner also touches the
-file every few seconds, and another machine watches for that before it takes the lock over.
+lock file every few seconds, and another machine takes the lock over only after it has seen no touch for a while.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mpo.runtime.output import note
 
 HEARTBEAT = 5.0  # seconds between two touches of the file
 WATCH = 3  # heartbeats without a touch, after which the owner counts as gone
-PATIENCE = 2.0  # seconds for an owner that has just been killed to be gone
+PATIENCE = 2.0  # seconds to wait, because an owner that has just been killed may hold the lock a little longer
 
 
 class Lock:
@@ -38,12 +38,12 @@ class Lock:
         about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         os.pwrite(self.handle, json.dumps(about).encode(), 0)
         self.released = threading.Event()
-        self.owner = os.getpid()  # a forked child has no lock
+        self.owner = os.getpid()  # a forked child does not hold the lock
         threading.Thread(target=self._beat, daemon=True).start()
         atexit.register(self.release)
 
     def _open(self) -> int:
-        """The locked file. Another process may remove it between opening and locking, so that is checked."""
+        """Open and lock the file. Another process may remove it between the two, so that is checked at the end."""
         asked = time.monotonic()
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -58,8 +58,10 @@ class Lock:
                     time.sleep(0.05)
                     continue
                 shared = False  # this file system has no locks
+            # An owner on this machine is gone: it would still hold the lock. If it is on another machine, or if there
+            # are no locks, only its touches can tell.
             if owner and not (shared and _host(owner) in ("", socket.gethostname())):
-                note(f"{self.folder}: a process on {_host(owner)} has been at work here; watching whether it still is")
+                note(f"{self.folder}: a process on {_host(owner)} has been at work here; checking whether it still is")
                 if self._is_alive():
                     raise self._refusal(owner)
             with suppress(FileNotFoundError):
@@ -68,7 +70,7 @@ class Lock:
             os.close(handle)
 
     def _is_alive(self) -> bool:
-        """Whether the owner, perhaps on another machine, touches the file."""
+        """Whether the owner, perhaps on another machine, touches the file within a few heartbeats."""
         before = self.path.stat().st_mtime_ns
         for _ in range(4 * WATCH):
             time.sleep(HEARTBEAT / 4)

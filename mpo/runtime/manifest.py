@@ -11,7 +11,7 @@ from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, sha256
 
 MANIFEST, FLAGS, METRICS = "manifest.json", "stage.json", "metrics.jsonl"
-SAVES, LOCK = "saves", ".lock"  # of an unfinished stage: saves.py, lock.py
+SAVES, LOCK = "saves", ".lock"  # only in an unfinished stage: saves.py, lock.py
 # Flags that change a stage's result by rounding at most.
 ROUNDING_ONLY = {"out", "overwrite", "threads", "save_every", "plan", "microbatch"}
 ROUNDING_ONLY |= {"shard", "recompute", "compile", "device", "deterministic"}
@@ -30,7 +30,7 @@ def hash_tree(path: Path) -> Hashes:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the result of a stage follows from. Two stages with equal recipes differ by rounding at most."""
+    """What the result of a stage depends on. Two stages with equal recipes differ by rounding at most."""
 
     flags: dict[str, Any]  # without those that change only rounding, and those that name an input
     inputs: dict[str, Hashes]  # by the flag that names the input
@@ -42,7 +42,7 @@ class Recipe:
         return Recipe({k: v for k, v in flags.items() if k not in named}, {k: dict(v) for k, v in inputs.items()})
 
     def differences(self, now: Recipe) -> list[str]:
-        """How a second recipe differs from this one, each as a phrase. Flags that only one version has don't count."""
+        """How the recipe `now` differs from this one, as phrases. Flags that only one of the two has don't count."""
         both = [name for name in self.flags if name in now.flags]
         flags = [(name, self.flags[name], now.flags[name]) for name in both if self.flags[name] != now.flags[name]]
         phrases = [f"--{name} was {_shown(old)} and is now {_shown(new)}" for name, old, new in flags]
@@ -87,13 +87,13 @@ def recorded(manifest: Mapping[str, Any]) -> Recipe:
 
 
 def changed_files(outputs: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The files of a finished stage that have another hash than its manifest says, or are gone, each as a phrase."""
+    """The files of a finished stage that are missing or do not have the hash in its manifest, as phrases."""
     changed = [f"{name} has a different hash" for name in outputs.keys() & now.keys() if outputs[name] != now[name]]
     return sorted(changed + [f"{name} is missing" for name in outputs.keys() - now.keys()])
 
 
 def check_manifest(path: Path, hashes: Mapping[str, str]) -> None:
-    """Check an input (a stage's folder or a file in it) against the stage's manifest; what no stage wrote is accepted.
+    """Check an input (a stage's folder or a file in it) against the stage's manifest. Other inputs are accepted.
 
     Raises InputError naming the first file that differs.
     """

@@ -1,7 +1,7 @@
 """A stage's folder: what may be written into it, what is written, and when the stage counts as finished.
 
 Work is kept. A finished stage that was made from the same flags and inputs is not repeated. One that was made from
-others, or an unfinished one with saves, is only replaced on a word: --overwrite true, or REDO=1 for make.
+others, or an unfinished one whose saves were, is discarded only with --overwrite true (REDO=1 in make).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mpo.runtime.manifest import (
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 ABOUT = "about.json"  # in a save: what it holds, and what it was made from (saves.py)
-THE_WORD = "REDO=1 (without make: --overwrite true)"
+WITH_REDO = "REDO=1 (without make: --overwrite true)"
 
 
 def peak_memory_mb() -> float:
@@ -54,11 +54,11 @@ def peak_memory_mb() -> float:
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10), 1)
 
 
-def gives_up(out: str | Path, what: str, reasons: Sequence[str]) -> str:
-    """The message of a stage that would give up work (`what`) which was made with other flags or inputs."""
+def would_discard(out: str | Path, what: str, reasons: Sequence[str]) -> str:
+    """The refusal of a stage that would discard work (`what`) that was made with other flags or inputs."""
     return (
         f"--out {out}: holds {what}, but {'; '.join(reasons)}. Go on with the old flags and inputs, take another "
-        f"folder (RUN), or give up what is there with {THE_WORD}"
+        f"folder (RUN), or discard what is there with {WITH_REDO}"
     )
 
 
@@ -72,23 +72,23 @@ class Stage:
             config: the stage's flags.
             inputs: the files and folders that this stage reads, by flag.
             out: the folder.
-            overwrite: the word that gives up what is there, if it was made with other flags or inputs.
+            overwrite: whether to discard what is there if it was made with other flags or inputs.
 
         Raises:
-            InputError: an input is missing or is not what its manifest says; or `out` is no stage's folder, another
-                process works on it, or it holds a stage or saves with other flags or inputs.
+            InputError: an input is missing or differs from its manifest; or `out` is not a stage's folder, another
+                process works on it, or it holds a stage or saves that were made with other flags or inputs.
             UpToDate: the stage is finished, with these flags and inputs.
         """
         self.out, self.name = Path(out), Path(out).name
         self.manifest = self.out / MANIFEST
         self.config, self.inputs = config, dict(inputs)
-        self.started, self.earlier = time.time(), 0.0  # earlier: seconds before it was interrupted
-        self.lock: Lock | None = None  # the main process has it
+        self.started, self.earlier = time.time(), 0.0  # earlier: seconds spent before an interruption
+        self.lock: Lock | None = None  # only the main process holds it
         self.input_hashes = distributed.from_main(lambda: self._open(overwrite))
 
     @property
     def recipe(self) -> Recipe:
-        """What the result of this stage follows from."""
+        """What the result of this stage depends on."""
         return Recipe.of(asdict(self.config), self.input_hashes)
 
     def _open(self, overwrite: bool) -> dict[str, Hashes]:
@@ -101,8 +101,8 @@ class Stage:
             self.input_hashes = {name: hash_tree(Path(path)) for name, path in self.inputs.items()}
             for name, path in self.inputs.items():
                 check_manifest(Path(path), self.input_hashes[name])
-                self.input_hashes[name].pop(FLAGS, None)  # an input is its content, not how it was made
-            self._keep_or_give_up(overwrite)
+                self.input_hashes[name].pop(FLAGS, None)  # the content of an input counts, not how it was made
+            self._keep_or_discard(overwrite)
             self._empty()
         except OSError as e:
             raise RunError(f"--out {self.out}: cannot be written ({e.strerror})") from None
@@ -125,10 +125,10 @@ class Stage:
         """Whether the folder is a link to a finished stage (make FROM=...), which is never written to."""
         return self.out.is_symlink() and self.manifest.exists()
 
-    def _keep_or_give_up(self, overwrite: bool) -> None:
-        """Decide about what the folder holds already.
+    def _keep_or_discard(self, overwrite: bool) -> None:
+        """Decide what becomes of the work that is in the folder already.
 
-        Raises UpToDate where this stage is finished, and InputError, without the word, where work would be lost.
+        Raises UpToDate if this stage is finished, and InputError if work would be lost without `overwrite`.
         """
         if self.manifest.exists():
             manifest = read_manifest(self.manifest)
@@ -136,7 +136,7 @@ class Stage:
             if not reasons:
                 reasons = [f"its {fault}" for fault in changed_files(manifest["outputs"], hash_tree(self.out))]
             if not reasons:
-                os.utime(self.manifest)  # so that make, too, takes it for newer than its inputs
+                os.utime(self.manifest)  # so that make, too, sees it as newer than its inputs
                 raise UpToDate(f"{self.out}: is finished, with these flags and inputs")
             what = "a finished stage"
         else:
@@ -144,18 +144,18 @@ class Stage:
         if not reasons or self._belongs_to_another_run():
             return
         if not overwrite:
-            raise InputError(gives_up(self.out, what, reasons))
-        print(f"{self.name}: gives up {what} in {self.out}: {'; '.join(reasons)}")
+            raise InputError(would_discard(self.out, what, reasons))
+        print(f"{self.name}: discards {what} in {self.out}: {'; '.join(reasons)}")
         shutil.rmtree(self.out / SAVES, ignore_errors=True)
 
     def _saves_differ(self) -> list[str]:
-        """How the saves of an unfinished stage differ from this one; nothing where there are none that can be read."""
+        """How the last readable save of an unfinished stage differs from this one; empty if there is no such save."""
         for about in sorted((self.out / SAVES).glob(f"step-*/{ABOUT}"), reverse=True):
             try:
                 made = read_json(about)
                 return Recipe(dict(made["flags"]), dict(made["inputs"])).differences(self.recipe)
             except (InputError, KeyError, TypeError, ValueError):
-                continue  # damaged: saves.py says so
+                continue  # damaged; saves.py reports it
         return []
 
     def _empty(self) -> None:
@@ -168,11 +168,11 @@ class Stage:
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
         if not (self.out / SAVES).is_dir():
             self.forget(0)
-        write_json(self.out / FLAGS, asdict(self.config))  # the name config.json is the model's
+        write_json(self.out / FLAGS, asdict(self.config))  # not config.json, which is the model's
         signals.promise("begins this stage again")
 
     def forget(self, step: int) -> None:
-        """Remove metrics and intermediate models that come from later than the first `step` steps."""
+        """Remove the metrics and intermediate models of all steps after `step`."""
         metrics = self.out / METRICS
         lines = metrics.read_bytes().splitlines(keepends=True)[:step] if metrics.exists() else []
         if lines:

@@ -20,7 +20,7 @@ from mpo.runtime.errors import InputError
 from mpo.runtime.flags import parse
 from mpo.runtime.manifest import MANIFEST, Recipe, read_manifest, recorded
 from mpo.runtime.setup import setup_torch
-from mpo.runtime.stage import gives_up
+from mpo.runtime.stage import would_discard
 
 CONFIGS: dict[str, type] = {
     "prepare_data.py": config.DataConfig,
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     if otherwise:
         (sys.argv[0], out, differences), *others = otherwise
         more = f" (and so do {', '.join(Path(name).name for _, name, _ in others)})" if others else ""
-        raise InputError(gives_up(out, f"a finished stage{more}", differences))
+        raise InputError(would_discard(out, f"a finished stage{more}", differences))
 
 
 if __name__ == "__main__":

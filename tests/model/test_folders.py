@@ -56,7 +56,7 @@ def write_manifest(folder, **results):
     write_json(folder / "manifest.json", {"config": {}, "inputs": {}, "outputs": {}, "results": results})
 
 
-PPO_BARE = "train_ppo.py --iterations 2 --batch 4 --minibatch 4 --microbatch 4 --max_new 6"
+PPO_BARE = "train_ppo.py --iterations 2 --critic_warmup 1 --batch 4 --minibatch 4 --microbatch 4 --max_new 6"
 PPO = f"{PPO_BARE} --prompts @/data/train.jsonl"
 TRAINING = "--epochs 0.5 --batch 4 --microbatch 4"
 EVAL = "eval.py --data @/data --prompts 4 --max_new 40"

@@ -103,7 +103,7 @@ def test_another_omp_num_threads_is_ignored_with_one_line(monkeypatch, capsys, v
     assert [threads(), threads()] == [6, 6]
     line = capsys.readouterr().err
     assert line.startswith("OMP_NUM_THREADS ")
-    assert line.endswith("it is ignored (--threads takes one)\n")
+    assert line.endswith("it is ignored (--threads also sets the number)\n")
     assert line.count("\n") == 1
 
 

@@ -127,7 +127,7 @@ def test_saves_made_with_other_flags_are_kept_and_the_flags_that_differ_are_name
     done = run_script(*flags, "--beta", "0.1", expect=2)
     assert done.stderr == (
         f"train_dpo.py: error: --out {out}: holds the saves of an unfinished stage, but --beta was 0.5 and is now 0.1. "
-        "Go on with the old flags and inputs, take another folder (RUN), or give up what is there with REDO=1 (without "
+        "Go on with the old flags and inputs, take another folder (RUN), or discard what is there with REDO=1 (without "
         "make: --overwrite true)\n"
     )
     assert hash_folder(out) == before
@@ -148,7 +148,7 @@ def test_saves_made_from_other_rows_are_kept(interrupted, tmp_path):
 def test_saves_are_given_up_on_a_word(interrupted):
     flags, out = interrupted
     done = run_script(*flags, "--beta", "0.1", "--overwrite", "true")
-    assert "gives up the saves of an unfinished stage" in done.stdout
+    assert "discards the saves of an unfinished stage" in done.stdout
     assert "--beta was 0.5 and is now 0.1" in done.stdout
     assert "going on" not in done.stdout
     steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").open()]

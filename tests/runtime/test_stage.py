@@ -72,7 +72,7 @@ def test_a_finished_stage_is_replaced_only_on_a_word_and_the_flags_that_differ_a
         open_stage(tmp_path, inputs=inputs, seed=2, train=5)
     assert str(refusal.value) == (
         f"--out {finished}: holds a finished stage, but --seed was 1 and is now 2; --train was 28000 and is now 5. Go "
-        "on with the old flags and inputs, take another folder (RUN), or give up what is there with REDO=1 (without "
+        "on with the old flags and inputs, take another folder (RUN), or discard what is there with REDO=1 (without "
         "make: --overwrite true)"
     )
     assert contents(finished) == before

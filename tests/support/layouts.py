@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.scripts import ROOT
+from mpo.world.build import build
 
-CORPUS = [line for page in ("README.md", "docs/losses.md") for line in (ROOT / page).read_text().splitlines() if line]
+ROWS = build("hh", seed=1, train=150, test=10)["train"]
+CORPUS = [line for row in ROWS for line in f"{row.prompt}{row.chosen} {row.rejected}".splitlines() if line]
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 INST = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{{ eos_token }}{% endfor %}"
 HEADERS = "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}\n{{ m.content }}<|eot_id|>{% endfor %}"
