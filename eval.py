@@ -19,7 +19,7 @@ from mpo.model.generate import Sampling, generate
 from mpo.model.lengths import check_lengths
 from mpo.model.llama import Llama, ScalarModel
 from mpo.model.logprobs import compare
-from mpo.model.scoring import each_batch, score
+from mpo.model.scoring import each_batch, score, score_chosen
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json, write_text
@@ -97,9 +97,7 @@ def sample(
 
 def dataset_responses(rm: ScalarModel, tokenizer: Tokenizer, pairs: Sequence[Pair], batch: int) -> list[dict[str, Any]]:
     """The chosen responses of the data set, measured like those of a policy, except for KL."""
-    rewards = each_batch(
-        pairs, batch, "measure", lambda part: score(rm, make_batch([(p.prompt, p.chosen) for p in part]))
-    )
+    rewards = score_chosen(rm, pairs, batch)
     return [
         {
             "id": pair.row.id,

@@ -17,7 +17,7 @@ from mpo.model.checkpoint import load_as_scalar, save_model
 from mpo.model.lengths import check_lengths, sequences_of
 from mpo.model.llama import ScalarModel
 from mpo.model.lora import adapters_of
-from mpo.model.scoring import score_all, score_pairs
+from mpo.model.scoring import score_all, score_chosen, score_pairs
 from mpo.preference.losses import bradley_terry, centring
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
@@ -41,7 +41,7 @@ def normalise(rm: ScalarModel, pairs: list[Pair], batch: int) -> tuple[float, fl
 
     Returns the mean and the standard deviation of the raw scores.
     """
-    chosen, _ = score_all(rm, pairs[:NORMALISE_ON], batch)
+    chosen = score_chosen(rm, pairs[:NORMALISE_ON], batch)
     with torch.no_grad():
         rm.score_mean += float(chosen.mean())
         rm.score_std *= float(chosen.std())

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mpo.data.batches import Batch, Pair, pair_batch
+from mpo.data.batches import Batch, Pair, make_batch, pair_batch
 from mpo.model.llama import ScalarModel, ValueHead
 from mpo.runtime import distributed
 from mpo.runtime.output import progress
@@ -47,6 +47,12 @@ def each_batch(rows: Sequence[T], batch: int, name: str, look: Callable[[Sequenc
         local = look([part[i] for i in distributed.local_rows(len(part))])
         parts.append(distributed.all_gather(local, len(part)).cpu())
     return torch.cat(parts)
+
+
+def score_chosen(rm: ScalarModel, pairs: Sequence[Pair], batch: int) -> Tensor:
+    """Rewards of the chosen responses alone, (N,)."""
+    rm.eval()
+    return each_batch(pairs, batch, "score", lambda part: score(rm, make_batch([(p.prompt, p.chosen) for p in part])))
 
 
 def score_all(rm: ScalarModel, pairs: Sequence[Pair], batch: int) -> tuple[Tensor, Tensor]:
