@@ -130,11 +130,13 @@ class Stage:
 
         Raises UpToDate if this stage is finished, and InputError if work would be lost without `overwrite`.
         """
+        outputs: Hashes = {}
         if self.manifest.exists():
             manifest = read_manifest(self.manifest)
+            outputs = manifest["outputs"]
             reasons = recorded(manifest).differences(self.recipe)
             if not reasons:
-                reasons = [f"its {fault}" for fault in changed_files(manifest["outputs"], hash_tree(self.out))]
+                reasons = [f"its {fault}" for fault in changed_files(outputs, hash_tree(self.out))]
             if not reasons:
                 os.utime(self.manifest)  # so that make, too, sees it as newer than its inputs
                 raise UpToDate(f"{self.out}: is finished, with these flags and inputs")
@@ -146,7 +148,16 @@ class Stage:
         if not overwrite:
             raise InputError(would_discard(self.out, what, reasons))
         print(f"{self.name}: discards {what} in {self.out}: {'; '.join(reasons)}")
+        self._discard(outputs)
+
+    def _discard(self, outputs: Hashes) -> None:
+        """Remove saves, and the files that a finished stage has written, so that no old file is among the new ones."""
+        self.manifest.unlink(missing_ok=True)
         shutil.rmtree(self.out / SAVES, ignore_errors=True)
+        for name in outputs.keys() - {FLAGS}:  # without stage.json the folder would not be ours
+            path = self.out / name
+            if path.resolve().is_relative_to(self.out.resolve()):
+                path.unlink(missing_ok=True)
 
     def _saves_differ(self) -> list[str]:
         """How the last readable save of an unfinished stage differs from this one; empty if there is no such save."""

@@ -76,8 +76,9 @@ def test_a_finished_stage_is_replaced_only_on_a_word_and_the_flags_that_differ_a
         "make: --overwrite true)"
     )
     assert contents(finished) == before
+    (finished / "mine.txt").write_text("not of the stage")
     open_stage(tmp_path, True, inputs, seed=2, train=5)
-    assert not (finished / "manifest.json").exists()
+    assert contents(finished).keys() == {"stage.json", "mine.txt"}
 
 
 def test_an_input_with_another_content_is_noticed_whatever_its_time(finished, tmp_path):
