@@ -4,7 +4,7 @@ goals += test parity sanitize triton fuzz soak oldest lint lock clean
 
 # One file at a time on every core
 test: .venv/.dev
-	@echo 'About 1,000 tests, on every core: some minutes. The last line says how many passed, and in how many seconds.'
+	@echo 'About 1,900 tests, on every core: some minutes. The last line says how many passed, and in how many seconds.'
 	$(PY) -m pytest -n auto --dist loadfile
 
 # The losses against TRL's trainers, LoRA against peft
