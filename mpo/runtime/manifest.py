@@ -38,8 +38,10 @@ class Recipe:
     @staticmethod
     def of(flags: Mapping[str, Any], inputs: Mapping[str, Mapping[str, str]]) -> Recipe:
         """The recipe of a stage with these flags, and inputs with these hashes."""
-        named = ROUNDING_ONLY | inputs.keys() | {"policies"}  # each policy is an input under its own name
-        return Recipe({k: v for k, v in flags.items() if k not in named}, {k: dict(v) for k, v in inputs.items()})
+        kept = {k: v for k, v in flags.items() if k not in ROUNDING_ONLY | inputs.keys()}
+        if "policies" in kept:  # name=folder,...: each is an input under its name; their order matters, the folders not
+            kept["policies"] = ",".join(item.partition("=")[0] for item in str(kept["policies"]).split(","))
+        return Recipe(kept, {k: dict(v) for k, v in inputs.items()})
 
     def differences(self, now: Recipe) -> list[str]:
         """How the recipe `now` differs from this one, as phrases. Flags that only one of the two has don't count."""

@@ -11,7 +11,7 @@ import pytest
 from mpo.config import DataConfig
 from mpo.runtime.errors import InputError, UpToDate
 from mpo.runtime.files import read_json, write_json
-from mpo.runtime.manifest import hash_tree
+from mpo.runtime.manifest import Recipe, hash_tree
 from mpo.runtime.stage import Stage
 from tests.support.scripts import run_script
 
@@ -99,6 +99,16 @@ def test_an_input_more_or_less_is_a_difference(finished, tmp_path):
         open_stage(tmp_path, inputs={"data": file, "ref": file})
     with pytest.raises(InputError, match="but its input data is left out"):
         open_stage(tmp_path)
+
+
+def test_the_order_of_policies_makes_another_evaluation_and_their_folders_do_not():
+    """The first policy is the baseline. A run that was moved has other folders with the same content."""
+    inputs = {"sft": {"model.safetensors": "1"}, "dpo": {"model.safetensors": "2"}}
+    made = Recipe.of({"policies": "sft=runs/a/sft,dpo=runs/a/dpo"}, inputs)
+    assert made.differences(Recipe.of({"policies": "sft=runs/b/sft,dpo=runs/b/dpo"}, inputs)) == []
+    assert made.differences(Recipe.of({"policies": "dpo=runs/a/dpo,sft=runs/a/sft"}, inputs)) == [
+        "--policies was sft,dpo and is now dpo,sft"
+    ]
 
 
 def test_a_finished_stage_that_was_changed_by_hand_is_not_replaced_without_the_word(finished, tmp_path):
