@@ -171,8 +171,8 @@ def test_model_families_with_the_llama_architecture_match_transformers(family, t
 
 def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
     config = LlamaConfig(head_dim=64, rope_theta=500000.0, rope_scaling=LLAMA3)
-    plain = rotary_frequencies(LlamaConfig(head_dim=64, rope_theta=500000.0))
-    scaled = rotary_frequencies(config)
+    (plain,) = rotary_frequencies(LlamaConfig(head_dim=64, rope_theta=500000.0))
+    (scaled,) = rotary_frequencies(config)
     assert scaled[0] == plain[0]  # wavelength 2 pi, far below 64 / 4
     assert scaled[-1].item() == pytest.approx(plain[-1].item() / 8)  # a wavelength far above 64 / 1
 
