@@ -53,20 +53,22 @@ endif
 # Threads that wait for each other keep their cores busy for a while, and then leave them to other programs.
 export GOMP_SPINCOUNT ?= 100000
 
+space := $(subst x,,x x)
+
 # $(call preset,STAGE): the flags that make/tasks.mk has for this stage
-presets := $(TASK)$(if $(subst builtin,,$(DATA)),_files) $(if $(QUICK),quick)
+from_scratch := $(filter tiny mini small base 1b 7b,$(subst $(space),/,$(MODEL)))
+presets := $(if $(from_scratch),scratch) $(TASK)$(if $(subst builtin,,$(DATA)),_files) $(if $(QUICK),quick)
 preset   = $(foreach name,$(presets),$($(name)_$(1)))
 
 # SFT of a preset trains all weights even with LORA: an untrained model has nothing that adapters could adapt.
 precision := $(if $(BF16),--precision bf16-mixed)
 lora      := $(if $(LORA),--lora_rank $(LORA))
-sft_lora   = $(if $(filter tiny mini small base 1b 7b,$(subst $(space),/,$(MODEL))),,$(lora))
+sft_lora  := $(if $(from_scratch),,$(lora))
 
 test_data = $(if $(TEST_DATA),$(call as_word,$(TEST_DATA)))
 
 # $(call by_comma,a b c): a,b,c
 by_comma = $(subst $(space),$(comma),$(strip $(1)))
-space   := $(subst x,,x x)
 
 policies := $(call by_comma,$(foreach policy,$(POLICIES),$(policy)=$(RUN)/$(policy)))
 ensemble := $(if $(filter-out rm,$(RMS)),--rm $(call by_comma,$(RMS:%=$(RUN)/%)))
