@@ -84,6 +84,11 @@ model_stage = $(call stage,$(launch) $(1),$(place) $(2))
 launch      = $(if $(filter-out 1,$(NPROC)),-m mpo.runtime.launch $(NPROC))
 place       = $(if $(SHARD),--shard true) $(if $(DEVICE),--device $(DEVICE))
 
+# $(call reader,folder): the package that reads the folder's tokenizer.json, where there is no tokenizer.model, or only one
+# of tiktoken, which does not begin with a line feed as sentencepiece's do.
+reader = $(shell cd -- $(call quote,$(1)) 2>/dev/null && [ -f tokenizer.json ] && \
+         { [ ! -f tokenizer.model ] || [ -n "$$(head -c 1 tokenizer.model)" ]; } && echo .venv/.tokenizers)
+
 # What a stage is made from: its flags, the manifests of the stages before it, and the sizes and times of DATA, TEST_DATA
 # or MODEL. This file changes only when one of them does. Then the stage's script runs. It compares its flags and the
 # hashes of its inputs with those in its manifest, and does nothing if they are equal.

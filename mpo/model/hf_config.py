@@ -23,6 +23,7 @@ UNSUPPORTED = (
     *("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"),
 )
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MOST_LAYERS = 10_000  # a file is read before anything else is known of it, and makes lists of this length
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -38,6 +39,8 @@ def config_from_json(path: Path) -> LlamaConfig:
     for name in _SIZES:
         if not isinstance(raw.get(name), int) or raw[name] < 1:
             raise InputError(f"{path}: {name} must be a positive integer, found {raw.get(name)!r}")
+    if raw["num_hidden_layers"] > MOST_LAYERS:
+        raise InputError(f"{path}: num_hidden_layers must be at most {MOST_LAYERS}, found {raw['num_hidden_layers']}")
     raw = {"rms_norm_eps": 1e-6} | FAMILIES[raw["model_type"]].defaults | raw
     return LlamaConfig(
         model_type=raw["model_type"],
@@ -87,7 +90,7 @@ def _options(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     family, layers = FAMILIES[raw["model_type"]], raw["num_hidden_layers"]
     fields: dict[str, Any] = {name: bool(raw.get(name)) for name in BIASES if name in family.options}
     activation = raw.get(family.activation) or "silu"
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise InputError(
             f"{path}: {family.activation} {activation!r:.80} is not supported; only {' and '.join(ACTIVATIONS)} are"
         )
@@ -227,7 +230,7 @@ def _scaling(path: Path, rope: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     }
-    if kind not in needed:
+    if not isinstance(kind, str) or kind not in needed:
         raise InputError(f"{path}: rope scaling {kind!r:.80} is not supported; only 'linear' and 'llama3' are")
     if rope.keys() & {_FULL, _SLIDING}:
         raise InputError(f"{path}: rope_parameters by the kind of a layer are not supported for this model_type")

@@ -99,10 +99,13 @@ def layer_activations(c: LlamaConfig) -> int:
     """Numbers that the compiled kernels keep for the backward pass, for one token in one layer.
 
     The residual stream before and after the attention, and both normed; rotated queries and keys, values, the
-    attention's output; gate, up and their product.
+    attention's output; gate, up and their product. In other families than Llama also: what the two further norms read;
+    queries and keys before their norm; the activation's result.
     """
-    heads = (2 * c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    return 4 * c.hidden_size + heads + 3 * c.intermediate_size
+    queries_and_keys = (c.num_attention_heads + c.num_key_value_heads) * c.head_dim
+    more = c.family.four_norms * 2 * c.hidden_size + c.family.qk_norm * queries_and_keys
+    more += (c.hidden_act != "silu") * c.intermediate_size
+    return 4 * c.hidden_size + 2 * queries_and_keys + 3 * c.intermediate_size + more
 
 
 def plain_layer(c: LlamaConfig, use: Load, held: int) -> float:
@@ -112,7 +115,9 @@ def plain_layer(c: LlamaConfig, use: Load, held: int) -> float:
     silu, up and the product. And as rectangles, segments by the longest: queries, keys, values and output.
     """
     heads = c.num_attention_heads * c.head_dim
-    normed = 2 * c.hidden_size * (4 + 2 * held)
+    of_number = 8 + held if c.family.one_plus else 4 + 2 * held  # Gemma multiplies by the weight in fp32
+    normed = (4 if c.family.four_norms else 2) * c.hidden_size * of_number
+    normed += c.family.qk_norm * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim * of_number
     of_token = normed + held * (heads + 4 * c.intermediate_size)
     return use.tokens * of_token + held * use.segments * heads * (2 * use.longest + 2 * (use.parent + use.longest))
 

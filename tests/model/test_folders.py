@@ -18,7 +18,7 @@ from mpo.runtime.flags import parse
 from mpo.runtime.seeding import generator
 from mpo.world.build import build
 from tests.conftest import small_model
-from tests.support.layouts import chatml, llama_3, mistral
+from tests.support.layouts import chatml, gemma3, llama_3, mistral, qwen2
 from tests.support.scripts import run_script
 
 SHORT = 60  # positions of a model that is too short for the rows
@@ -154,7 +154,7 @@ def companions(folder):
     return {p.name: p.read_bytes() for p in files}
 
 
-@pytest.mark.parametrize("layout", [llama_3, chatml])
+@pytest.mark.parametrize("layout", [llama_3, chatml, qwen2, gemma3])
 def test_every_folder_that_a_stage_writes_a_model_to_has_all_companions(place, tmp_path, layout):
     given = layout(tmp_path / "given")
     expected = companions(given)

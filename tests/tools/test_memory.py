@@ -25,9 +25,10 @@ from tests.conftest import small_config, small_model
 from tests.support.scripts import run_script
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_plan_counts_the_parameters_of_models_and_adapters(tied):
-    c = small_config(tie_word_embeddings=tied)
+def test_the_plan_counts_the_parameters_of_models_and_adapters(tied, family):
+    c = small_config(tie_word_embeddings=tied, model_type=family)
     assert parameters(c) == sum(p.numel() for p in Llama(c).parameters())
     assert parameters(c, scalar=True) == sum(p.numel() for p in ScalarModel(c).parameters())
     model = Llama(c)
@@ -37,11 +38,20 @@ def test_the_plan_counts_the_parameters_of_models_and_adapters(tied):
         assert adapter_parameters(c, 3, ",".join(targets)) == actual
 
 
-def test_the_plan_counts_the_numbers_that_a_compiled_layer_keeps_for_a_token():
+FAMILIES = [
+    {},
+    {"model_type": "qwen2"},
+    {"model_type": "qwen3"},
+    {"model_type": "gemma3_text", "hidden_act": "gelu_pytorch_tanh"},
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_the_plan_counts_the_numbers_that_a_compiled_layer_keeps_for_a_token(family):
     """Counts the storages that autograd saves, each of them once, and leaves out those of the weights."""
     counts = {}
     for layers in (2, 3):
-        model, n = small_model(num_hidden_layers=layers), 50
+        model, n = small_model(num_hidden_layers=layers, **family), 50
         known = {p.data_ptr() for p in model.parameters()}
         kept: dict[int, int] = {}
 
@@ -59,12 +69,14 @@ def test_the_plan_counts_the_numbers_that_a_compiled_layer_keeps_for_a_token():
     assert per_layer == pytest.approx(layer_activations(model.config), rel=0.1)  # the layer also keeps a few statistics
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_plan_counts_the_bytes_that_a_layer_in_plain_torch_keeps(dtype, monkeypatch):
+def test_the_plan_counts_the_bytes_that_a_layer_in_plain_torch_keeps(dtype, family, monkeypatch):
     monkeypatch.setattr(kernels, "default", "reference")
     kept = {}
     for layers in (2, 3):
-        model, packing = small_model(num_hidden_layers=layers), Packing([30, 20, 20], [-1, 0, 0])
+        model = small_model(num_hidden_layers=layers, **family)
+        packing = Packing([30, 20, 20], [-1, 0, 0])
         cast_weights(model, dtype)
         known, sizes = {p.data_ptr() for p in model.parameters()}, {}
 
