@@ -23,6 +23,7 @@ from mpo.data.rows import Row, write_rows
 from mpo.data.tokenizer import Tokenizer, train_tokenizer
 from mpo.model.checkpoint import save_model
 from mpo.model.llama import PRESETS, Llama, LlamaConfig, initialise, scalar_from
+from mpo.runtime.allocator import environment
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_between
@@ -84,12 +85,11 @@ def command(folder: Path, stage: str, microbatch: int) -> list[str]:
 def measure(folder: Path, stage: str, microbatch: int, *more: str) -> tuple[float, float]:
     """The memory that a stage plans, and its measured peak, in MB."""
     asked = [*command(folder, stage, microbatch), *more]
-    said = subprocess.run(
-        [*asked, "--plan", "true"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
-    ).stdout
+    how: dict[str, Any] = {"cwd": ROOT, "env": environment(), "capture_output": True, "encoding": "utf-8", "check": True}
+    said = subprocess.run([*asked, "--plan", "true"], **how).stdout
     planned = float(re.findall(r"total +([\d,]+) MB", said)[0].replace(",", ""))
     shutil.rmtree(folder / stage, ignore_errors=True)  # a finished stage would not be run again
-    subprocess.run(asked, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    subprocess.run(asked, **how)
     manifest: dict[str, Any] = json.loads((folder / stage / "manifest.json").read_text(encoding="utf-8"))
     return planned, manifest["peak_memory_mb"]
 
