@@ -81,7 +81,7 @@ class Training(Limits):
     final_lr: Share = 0.1  # learning rate of the last step as a share of the peak (cosine)
     weight_decay: NonNegative = 0.0  # of matrices only
     grad_clip: NonNegative = 1.0  # a gradient of a larger norm is scaled down to it; 0: never
-    optimiser: Literal["adamw", "adafactor"] = "adamw"  # adafactor needs hardly any memory of its own
+    optimiser: Literal["adamw", "muon", "adafactor"] = "adamw"  # muon: fewer steps from scratch; adafactor: less memory
     batch: Size = 32  # rows of one optimiser step
     microbatch: Size = 32  # rows computed at once; must divide batch
 

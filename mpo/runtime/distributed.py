@@ -250,6 +250,17 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def part_of(local: Tensor, like: Tensor) -> Tensor:
+    """The sharded tensor that has this process's part `local`, where `like` is sharded; otherwise `local` itself."""
+    if not hasattr(like, "full_tensor"):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(like, DTensor)
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
 def distribute_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a full tensor, which every process has, where `like` is sharded."""
     if not hasattr(like, "full_tensor"):

@@ -24,7 +24,7 @@ from mpo.model.llama import PRESETS, Adapters, Llama, LlamaConfig, ScalarModel
 from mpo.runtime import distributed
 from mpo.runtime.errors import InputError
 from mpo.runtime.stage import peak_memory_mb
-from mpo.training.optimisers import make_optimiser, optimiser_step
+from mpo.training.optimisers import STACK, make_optimiser, optimiser_step
 
 FLOAT = 4  # bytes of an fp32 number
 Model = TypeVar("Model", Llama, ScalarModel)
@@ -246,12 +246,16 @@ def lines(
 
 def optimiser_bytes(config: Training, c: LlamaConfig, use: Load) -> float:
     """The fp32 moments and, where weights are updated one by one, fp32 copies of the largest weight."""
-    adafactor = config.optimiser == "adafactor"
-    moments = 2.0 * use.trained
+    adafactor, muon = config.optimiser == "adafactor", config.optimiser == "muon"
+    moments, stack = 2.0 * use.trained, 0
     if adafactor:
         moments = use.trained / parameters(c) * adafactor_state(c)
-    one_by_one = adafactor or (config.precision == "bf16" and not config.lora_rank)
-    return FLOAT * (moments + one_by_one * 5 * c.hidden_size * max(c.vocab_size, c.intermediate_size))
+    if muon:  # one moment of a layer's matrices; those that are changed at once are there five times
+        moments -= use.trained / parameters(c) * c.num_hidden_layers * block_parameters(c)
+        stack = 5 * min(c.num_hidden_layers * c.hidden_size * c.intermediate_size, STACK)
+    one_by_one = adafactor or muon or (config.precision == "bf16" and not config.lora_rank)
+    copies = 5 * c.hidden_size * max(c.vocab_size, c.intermediate_size)
+    return FLOAT * (moments + one_by_one * max(copies, stack))
 
 
 def model_of(config: Any) -> LlamaConfig:

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from mpo.model.checkpoint import load_model, save_model
 from mpo.model.llama import cast_weights
+from mpo.runtime.errors import InputError
 from mpo.training.guards import NotFinite
-from mpo.training.optimisers import LowMemory, adamw, learning_rate, make_optimiser, optimiser_step, rounded
+from mpo.training.optimisers import (
+    OneByOne,
+    adamw,
+    learning_rate,
+    make_optimiser,
+    newton_schulz,
+    optimiser_step,
+    rounded,
+)
 from tests.conftest import small_model
 
 
@@ -74,7 +84,7 @@ def after_steps(optimiser, p, grads):
 def test_our_adamw_matches_torchs():
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)) for _ in range(2))
     groups = [{"params": [ours], "weight_decay": 0.1}]
-    actual = after_steps(LowMemory(groups, adamw, 0.03, 1e-8), ours, gradients((3, 4), 7))
+    actual = after_steps(OneByOne(groups, adamw, 0.03, 1e-8), ours, gradients((3, 4), 7))
     oracle = torch.optim.AdamW([theirs], lr=0.03, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     expected = after_steps(oracle, theirs, gradients((3, 4), 7))
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
@@ -108,6 +118,78 @@ def test_adafactor_matches_a_loop_and_keeps_one_row_and_one_column():
     torch.testing.assert_close(after_steps(optimiser, p, grads), torch.tensor(expected), rtol=1e-5, atol=1e-6)
     shapes = {name: tuple(value.shape) for name, value in optimiser.state[p].items()}
     assert shapes == {"rows": (3,), "columns": (4,), "step": ()}  # not (3, 4)
+
+
+def muon_by_svd(p, grads, lr, decay):
+    """Muon with U V^T from numpy's SVD in float64 in place of the polynomial, whose error is a part of the method."""
+    p, m = p.double().numpy(), np.zeros(p.shape)
+    for g in (g.double().numpy() for g in grads):
+        m = 0.95 * m + 0.05 * g
+        u, s, vt = np.linalg.svd(0.05 * g + 0.95 * m, full_matrices=False)
+        s = s / np.linalg.norm(s)
+        for _ in range(5):  # the polynomial acts on each singular value by itself
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        p = p * (1 - lr * decay) - lr * 0.2 * math.sqrt(max(p.shape)) * (u * s) @ vt
+    return torch.tensor(p, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (8, 3), (5, 5)])
+def test_muon_moves_a_layers_matrix_by_its_orthogonal_momentum_and_everything_else_by_adamw(shape):
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Linear(shape[1], shape[0]) for _ in range(2))
+    model.embed = nn.Embedding(7, 3)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    grads = {name: gradients(p.shape, 4, seed=i) for i, (name, p) in enumerate(start.items())}
+    optimiser = make_optimiser(model, 0.03, 0.1, kind="muon")
+    for t in range(4):
+        for name, p in model.named_parameters():
+            p.grad = grads[name][t].clone()
+        optimiser.step()
+    for name, p in model.named_parameters():
+        if name.startswith("layers.") and p.dim() == 2:
+            expected = muon_by_svd(start[name], grads[name], 0.03, 0.1)
+            assert set(optimiser.state[p]) == {"exp_avg", "step"}
+        else:
+            theirs = nn.Parameter(start[name])
+            decay = 0.1 if p.dim() > 1 else 0.0
+            oracle = torch.optim.AdamW([theirs], lr=0.03, betas=(0.9, 0.95), eps=1e-8, weight_decay=decay)
+            expected = after_steps(oracle, theirs, grads[name])
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_polynomial_brings_singular_values_near_1_and_keeps_the_directions():
+    x = torch.randn(3, 40, 24, generator=torch.Generator().manual_seed(1))
+    u, s, vt = torch.linalg.svd(newton_schulz(x), full_matrices=False)
+    assert 0.65 < float(s.min()) < float(s.max()) < 1.25
+    u0, _, vt0 = torch.linalg.svd(x, full_matrices=False)
+    cosine = ((u @ vt) * (u0 @ vt0)).sum((1, 2)) / 24
+    torch.testing.assert_close(cosine, torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_matrices_that_muon_stacks_and_those_it_does_not_change_equally(monkeypatch):
+    weights = list[torch.Tensor]()
+    for stack in (2**22, 1):
+        monkeypatch.setattr("mpo.training.optimisers.STACK", stack)
+        model = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(6, 4, bias=False) for _ in range(3))})
+        for i, p in enumerate(model.parameters()):
+            p.data = torch.linspace(-1, 1, 24).view(4, 6)
+            p.grad = gradients((4, 6), 3)[i]
+        make_optimiser(model, 0.1, 0.0, kind="muon").step()
+        weights.append(torch.stack([p.detach() for p in model.parameters()]))
+    torch.testing.assert_close(*weights)
+    assert not torch.allclose(weights[0][0], weights[0][1], atol=1e-2)
+
+
+def test_muon_changes_small_bf16_weights_and_refuses_adapters():
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(4, 4, bias=False)])}).bfloat16()
+    p = model["layers"][0].weight
+    before = p.detach().float().clone()
+    after_steps(make_optimiser(model, 1e-3, 0.0, kind="muon"), p, [torch.eye(4).bfloat16()] * 100)
+    moved = (p.detach().float() - before).diag().mean()  # U V^T of the identity is the identity, of length about 1
+    assert float(moved) == pytest.approx(-100 * 1e-3 * 0.2 * 2, rel=0.3)
+    model["layers"][0].lora_a = nn.Parameter(torch.zeros(2, 4))
+    with pytest.raises(InputError, match="--optimiser muon: is for whole matrices"):
+        make_optimiser(model, 1e-3, 0.0, kind="muon")
 
 
 def test_rounding_is_right_on_average_and_gives_a_neighbouring_number():
