@@ -38,17 +38,17 @@ def environment() -> dict[str, str]:
 
 
 def configure(frugal: bool) -> None:
-    """Let glibc keep the memory of freed tensors for the next ones, instead of returning it to the system.
+    """Let glibc keep the memory of freed tensors for the next ones, or return it to the system for a `frugal` stage.
 
     By default each large tensor is a mapping of its own, whose pages the kernel clears when they are first touched.
-    That takes much of a small model's step. A stage that is to be `frugal` pays this price where memory would be lost
-    otherwise: every tensor of 1 MB or more is then returned.
+    That takes much of a small model's step. But memory that is kept has holes between tensors, which not every tensor
+    fits into.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return
-    if frugal and loses_memory():
-        libc.mallopt(MMAP_THRESHOLD, 2**20)  # glibc itself would raise it to the size of the largest tensor freed
+    if frugal:
+        libc.mallopt(MMAP_THRESHOLD, 2**20)  # fixed: glibc would raise it to the size of the largest tensor freed
     else:
         libc.mallopt(MMAP_MAX, 0)
         libc.mallopt(TRIM_THRESHOLD, 2**31 - 1)

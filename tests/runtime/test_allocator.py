@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,21 +37,17 @@ for _ in range(2):  # by itself glibc would no longer return a block as large as
 linux = pytest.mark.skipif(allocator.glibc_version() is None or not Path("/proc/self/statm").exists(), reason="no glibc")
 
 
-def kept(how: str, environment: dict[str, str]) -> list[int]:
+def kept(how: str) -> list[int]:
     """The MB that stay, the first time and the second time; then they have been there before."""
     command = [sys.executable, "-c", KEPT, how]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return [int(line) for line in done.stdout.split()]
 
 
 @linux
-def test_freed_memory_is_kept_except_where_a_frugal_stage_would_lose_it(monkeypatch):
-    monkeypatch.delenv(allocator.VARIABLE, raising=False)
-    keeping, returning = [80, 0], [0, 0]
-    assert kept("fast", dict(os.environ)) == pytest.approx(keeping, abs=2)
-    assert kept("frugal", allocator.environment()) == pytest.approx(keeping, abs=2)
-    expected = returning if allocator.glibc_version() < (2, 39) else keeping
-    assert kept("frugal", dict(os.environ)) == pytest.approx(expected, abs=2)
+def test_freed_memory_is_kept_except_by_a_frugal_stage():
+    assert kept("fast") == pytest.approx([80, 0], abs=2)
+    assert kept("frugal") == pytest.approx([0, 0], abs=2)
 
 
 @pytest.mark.parametrize(
