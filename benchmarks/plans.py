@@ -85,7 +85,13 @@ def command(folder: Path, stage: str, microbatch: int) -> list[str]:
 def measure(folder: Path, stage: str, microbatch: int, *more: str) -> tuple[float, float]:
     """The memory that a stage plans, and its measured peak, in MB."""
     asked = [*command(folder, stage, microbatch), *more]
-    how: dict[str, Any] = {"cwd": ROOT, "env": environment(), "capture_output": True, "encoding": "utf-8", "check": True}
+    how: dict[str, Any] = {
+        "cwd": ROOT,
+        "env": environment(),
+        "capture_output": True,
+        "encoding": "utf-8",
+        "check": True,
+    }
     said = subprocess.run([*asked, "--plan", "true"], **how).stdout
     planned = float(re.findall(r"total +([\d,]+) MB", said)[0].replace(",", ""))
     shutil.rmtree(folder / stage, ignore_errors=True)  # a finished stage would not be run again

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -163,14 +163,15 @@ def kv_cache(
 
 
 def decoder(
-    layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: reference.KVCache
+    layers: Iterable[LayerWeights], norm: Tensor, eps: float, cache: reference.KVCache
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A function that takes one more token of each text through all layers of a Llama. No gradients.
 
     The weights must not change as long as the function is used, since it may hold copies of them.
 
     Args:
-        layers: the weights of each layer.
+        layers: the weights of each layer. The definition goes through them anew in each step; a compiled kernel needs
+            a sequence.
         norm: the weight of the last RMSNorm (D,).
         eps: of every RMSNorm.
         cache: made by `kv_cache`, and already filled with the beginnings of B texts. It decides the implementation.

@@ -5,7 +5,7 @@ At the head, logits, softmax and sums are fp32 or wider, whatever the dtype of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -122,10 +122,16 @@ class KVCache:
 
     def take(self, rows: Tensor) -> None:
         """Continue with these rows only, in this order. A row may occur more than once."""
-        self.store, self.lengths = self.store[:, :, rows], self.lengths[rows]
+        if len(rows) > self.store.shape[2]:
+            self.store = self.store[:, :, rows]
+        else:  # layer by layer, so that never two caches exist
+            for store in self.store:
+                store[:, : len(rows)] = store[:, rows]
+            self.store = self.store[:, :, : len(rows)]
+        self.lengths = self.lengths[rows]
 
     def decoder(
-        self, layers: Sequence[LayerWeights], norm: Tensor, eps: float, bf16: bool
+        self, layers: Iterable[LayerWeights], norm: Tensor, eps: float, bf16: bool
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """A function of embeddings (B, D), cos and sin (B, d/2) -> hidden states (B, D), for one token of each text."""
 

@@ -8,7 +8,7 @@ SwiGLU (2002.05202), grouped-query attention (2305.13245).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mpo.kernels import functions as kernels
 from mpo.kernels.functions import KVCache, LayerWeights, Packing
+from mpo.runtime import distributed
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of the angles of N tokens, (N, d/2) each
 
@@ -212,6 +213,11 @@ class Trunk(nn.Module):
         self.register_buffer("frequencies", rotary_frequencies(c), persistent=False)
         self.compiled = False
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, by their type."""
+        return [block for block in self.layers if isinstance(block, Block)]
+
     def rope(self, positions: Tensor) -> Rope:
         """Cos and sin of the rotary angles at positions (N,)."""
         angles = positions[:, None].float() * self.frequencies  # (N, d/2)
@@ -231,11 +237,30 @@ class Trunk(nn.Module):
             cache.begin(packing.lengths)
         return self.norm(x)
 
-    def decoder(self, cache: KVCache) -> Callable[[Tensor], Tensor]:
-        """A function from ids (B,), one more token of each text in the cache, to hidden states (B, D); no gradients."""
-        weights = [block.weights() for block in self.layers if isinstance(block, Block)]
+    def decoder(self, cache: KVCache, whole: bool = True) -> Callable[[Tensor], Tensor]:
+        """A function from ids (B,), one more token of each text in the cache, to hidden states (B, D); no gradients.
+
+        Without `whole`, sharded layers are gathered when their turn comes, in each step.
+        """
+        weights = [block.weights() for block in self.blocks] if whole else InTurn(self.blocks)
         step = kernels.decoder(weights, self.norm.weight, self.norm.eps, cache)
         return lambda ids: step(self.embed_tokens(ids), *self.rope(cache.lengths))
+
+    def take_part(self) -> None:
+        """Give this process's part of sharded layers to processes that compute with them, and compute nothing."""
+        for _ in distributed.in_turn(self.blocks):
+            pass
+
+
+class InTurn(Iterable[LayerWeights]):
+    """The weights of layers, each of which is gathered as long as its turn lasts."""
+
+    def __init__(self, blocks: Sequence[Block]):
+        self.blocks = blocks
+
+    def __iter__(self) -> Iterator[LayerWeights]:
+        for block in distributed.in_turn(self.blocks):
+            yield block.weights()
 
 
 class Llama(nn.Module):
@@ -266,11 +291,12 @@ class Llama(nn.Module):
             0, ids.shape
         )
 
-    def kv_cache(self, rows: int, length: int) -> KVCache:
-        """An empty cache for `rows` texts of at most `length` tokens."""
+    def kv_cache(self, rows: int, length: int, whole: bool = True) -> KVCache:
+        """An empty cache for `rows` texts of at most `length` tokens. `whole`: see Trunk.decoder."""
         c = self.config
         sizes = c.num_hidden_layers, rows, length, c.num_key_value_heads, c.head_dim
-        return kernels.kv_cache(*sizes, self.lm_head.weight)
+        # The compiled kernel's decoder copies the weights of all layers before it begins.
+        return kernels.kv_cache(*sizes, self.lm_head.weight, impl=None if whole else "reference")
 
 
 class ScalarModel(nn.Module):

@@ -237,7 +237,7 @@ def unsharded(model: nn.Module, layers: bool = True) -> Iterator[None]:
             part.reshard()
 
 
-def in_turn(layers: Iterable[nn.Module]) -> Iterator[nn.Module]:
+def in_turn(layers: Iterable[M]) -> Iterator[M]:
     """The layers of a model, each gathered when its turn comes and only until the next one's.
 
     Every process must go through them equally often, since each gives its part.

@@ -34,7 +34,9 @@ for _ in range(2):  # by itself glibc would no longer return a block as large as
     print((used() - before) // 1_000_000)
 """
 
-linux = pytest.mark.skipif(allocator.glibc_version() is None or not Path("/proc/self/statm").exists(), reason="no glibc")
+linux = pytest.mark.skipif(
+    allocator.glibc_version() is None or not Path("/proc/self/statm").exists(), reason="no glibc"
+)
 
 
 def kept(how: str) -> list[int]:
