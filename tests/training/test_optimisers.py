@@ -121,7 +121,7 @@ def test_adafactor_matches_a_loop_and_keeps_one_row_and_one_column():
 
 
 def test_adafactor_leaves_the_rows_of_tokens_that_do_not_occur_as_they_are():
-    """They have no gradient. On Python's own numbers the mean square of such a row, 1e-30, can be multiplied by others."""
+    """They have no gradient. In fp32, the mean square of such a row, 1e-30, times a small one is 0."""
     g = torch.zeros(3, 4)
     g[1] = torch.tensor([1e-5, 2e-5, -1e-5, 3e-5])
     p = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
