@@ -14,6 +14,7 @@ from mpo.kernels import functions as kernels
 from mpo.kernels.functions import Packing
 from mpo.model.llama import Adapters, Llama, ScalarModel, cast_weights
 from mpo.model.lora import TARGETS, attach
+from mpo.runtime import allocator
 from mpo.tools import memory
 from mpo.tools.memory import (
     Load,
@@ -194,6 +195,15 @@ def test_all_processes_sample_in_the_way_that_the_smallest_device_allows(monkeyp
     assert memory.way_to_sample(config, c) == Way(True, 8)
     monkeypatch.setattr(memory.distributed, "all_max", lambda values: [max(values[0], -1e6)])  # another one has 1 MB
     assert memory.way_to_sample(config, c) == Way(True, 1)
+
+
+def test_the_plan_says_how_to_avoid_that_glibc_loses_memory(hh_run, tmp_path, monkeypatch):
+    flags = ("--data", hh_run / "split" / "pairs.jsonl", "--model", hh_run / "sft", "--out", tmp_path / "out")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    loses = "GLIBC_TUNABLES=glibc.malloc.tcache_count=0" in run_script("train_dpo.py", *flags, "--plan", "true").stdout
+    assert loses == allocator.loses_memory()
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+    assert "GLIBC_TUNABLES" not in run_script("train_dpo.py", *flags, "--plan", "true").stdout
 
 
 def test_the_flag_plan_prints_the_plan_and_writes_nothing(hh_run, tmp_path):
