@@ -61,7 +61,8 @@ def sample(
     Returns a dict for each response: its text and token ids, reward, KL to `base` in nats, words, tokens, and whether
     it ends in EOS.
     """
-    sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
+    way = memory.way_to_sample(config, policy.config)
+    sampling = Sampling(config.max_new, config.temperature, tokenizer.eos, way.whole, way.rows)
     rows = []
 
     def reward_and_kl(sequences: Sequence[tuple[list[int], list[int]]]) -> Tensor:

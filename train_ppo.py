@@ -80,7 +80,8 @@ def main(config: PPOConfig) -> None:
     pairs, counts = load_prompts(config, tokenizer)
     check_lengths(models, ((len(p.prompt), config.max_new) for p in pairs), "--max_new")
     print(f"{stage.name}: prompts: {counts_text(counts)}")
-    sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)
+    way = memory.way_to_sample(config, policy.config)
+    sampling = Sampling(config.max_new, config.temperature, tokenizer.eos, way.whole, way.rows)
     kept = milestones(config.iterations, config.keep)
     saves = Saves(stage, config, learner.parts)
     start = {"kl_coef": config.kl_coef, "first": {}, "last": {}, "warnings": {}}

@@ -7,6 +7,7 @@ for two steps or more, on random models and on rows as long as the limits allow.
 from __future__ import annotations
 
 import json
+import platform
 import random
 import re
 import shutil
@@ -18,16 +19,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpo.config import DPOConfig, PPOConfig, RMConfig, SFTConfig, Training
 from mpo.data.rows import Row, write_rows
 from mpo.data.tokenizer import Tokenizer, train_tokenizer
 from mpo.model.checkpoint import save_model
 from mpo.model.llama import PRESETS, Llama, LlamaConfig, initialise, scalar_from
+from mpo.runtime.allocator import environment
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_between
 from mpo.runtime.seeding import generator
-from mpo.tools.memory import lines, parameters
+from mpo.tools.memory import PROGRAM, lines, parameters, way_within
 from mpo.world.build import build
 
 ROOT = Path(__file__).parent.parent
@@ -84,18 +88,35 @@ def command(folder: Path, stage: str, microbatch: int) -> list[str]:
 def measure(folder: Path, stage: str, microbatch: int, *more: str) -> tuple[float, float]:
     """The memory that a stage plans, and its measured peak, in MB."""
     asked = [*command(folder, stage, microbatch), *more]
-    said = subprocess.run(
-        [*asked, "--plan", "true"], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
-    ).stdout
+    how: dict[str, Any] = {
+        "cwd": ROOT,
+        "env": environment(),
+        "capture_output": True,
+        "encoding": "utf-8",
+        "check": True,
+    }
+    said = subprocess.run([*asked, "--plan", "true"], **how).stdout
     planned = float(re.findall(r"total +([\d,]+) MB", said)[0].replace(",", ""))
     shutil.rmtree(folder / stage, ignore_errors=True)  # a finished stage would not be run again
-    subprocess.run(asked, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
+    subprocess.run(asked, **how)
     manifest: dict[str, Any] = json.loads((folder / stage / "manifest.json").read_text(encoding="utf-8"))
     return planned, manifest["peak_memory_mb"]
 
 
+def machine() -> str:
+    """What measured: the processor, the C library and the build of torch."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else "")
+    instructions = torch.backends.cpu.get_cpu_capability()
+    library = " ".join(platform.libc_ver()) or "another C library"
+    return (
+        f"Machine: {names[0] if names else platform.machine()} ({instructions}), {library}, torch {torch.__version__}."
+    )
+
+
 def measured_table() -> Iterator[str]:
     """The rows for every stage at every size; at one size also with each flag that saves memory."""
+    yield f"{machine()}\n"
     yield "| model | stage | planned, MB | measured, MB | planned / measured |\n|---|---|---|---|---|"
     for size, microbatch in SIZES.items():
         with tempfile.TemporaryDirectory() as name:
@@ -104,7 +125,8 @@ def measured_table() -> Iterator[str]:
             cases: list[tuple[str, tuple[str, ...]]] = [(stage, ()) for stage in STAGES]
             if size == "small":
                 frugal = ("--precision", "bf16"), ("--optimiser", "adafactor")
-                savers = ("--recompute", "true"), ("--lora_rank", "8"), *frugal, frugal[0] + frugal[1]
+                single = ("--recompute", "true"), ("--lora_rank", "8")
+                savers = *single, single[0] + single[1], *frugal, frugal[0] + frugal[1], frugal[0] + single[1]
                 cases += [(s, m) for s in ("dpo", "ppo") for m in savers]
             millions = parameters(replace(PRESETS[size], vocab_size=500)) / 1e6
             for stage, more in cases:
@@ -129,8 +151,10 @@ def real(d: int, ffn: int, layers: int, heads: int, kv: int, vocabulary: int, ti
 MODELS = {
     "SmolLM2-135M": real(576, 1536, 30, 9, 3, 49152, True),
     "SmolLM2-360M": real(960, 2560, 32, 15, 5, 49152, True),
+    "Qwen2.5-0.5B": real(896, 4864, 24, 14, 2, 151936, True),
     "TinyLlama-1.1B": real(2048, 5632, 22, 32, 4, 32000, False),
     "SmolLM2-1.7B": real(2048, 8192, 24, 32, 32, 49152, True),
+    "Qwen2.5-7B": real(3584, 18944, 28, 28, 4, 152064, False),
     "Llama-2-7B": real(4096, 11008, 32, 32, 32, 32000, False),
     "Llama-3-8B": real(4096, 14336, 32, 32, 8, 128256, False),
     "Llama-2-13B": real(5120, 13824, 40, 40, 40, 32000, False),
@@ -154,13 +178,18 @@ WEIGHTS: dict[str, dict[str, Any]] = {
 
 
 def needed(c: LlamaConfig, stage: str, **more: Any) -> str:
-    """The smallest number of 80 GB GPUs (a power of two) that a stage fits on, and the GB that each of them needs."""
+    """The smallest number of 80 GB GPUs (a power of two) that a stage fits on, and the GB that each of them uses.
+
+    With a star where the policy is sampled with one layer gathered after the other.
+    """
     kind, flags = STAGES[stage]
     config = kind(**LIMITS, **flags, **more)
     for processes in (2**i for i in range(11)):
-        total = sum(line.bytes for line in lines(config, c, processes, base=1e9, cpu=False))
+        place = PROGRAM, False, GB80  # not on a CPU
+        total = sum(line.bytes for line in lines(config, c, processes, *place))
         if total <= GB80:
-            return f"{processes} ({total / 1e9:,.0f})"
+            in_turn = isinstance(config, PPOConfig) and not way_within(config, c, processes, *place).whole
+            return f"{processes} ({total / 1e9:,.0f})" + "*" * in_turn
     return "-"
 
 

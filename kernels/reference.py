@@ -135,7 +135,13 @@ class KVCache:
 
     def take(self, rows: Tensor) -> None:
         """Continue with these rows only, in this order. A row may occur more than once."""
-        self.store, self.lengths = self.store[:, :, rows], self.lengths[rows]
+        if len(rows) > self.store.shape[2]:
+            self.store = self.store[:, :, rows]
+        else:  # layer by layer, so that never two caches exist
+            for store in self.store:
+                store[:, : len(rows)] = store[:, rows]
+            self.store = self.store[:, :, : len(rows)]
+        self.lengths = self.lengths[rows]
 
     def decoder(
         self, layers: Sequence[LayerWeights], norm: Tensor, eps: float, bf16: bool

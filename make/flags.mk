@@ -53,6 +53,9 @@ endif
 # Threads that wait for each other keep their cores busy for a while, and then leave them to other programs.
 export GOMP_SPINCOUNT ?= 100000
 
+# Older versions of glibc lose memory between tensors with a cache that this switches off (mpo/runtime/allocator.py).
+export GLIBC_TUNABLES ?= glibc.malloc.tcache_count=0
+
 space := $(subst x,,x x)
 
 # $(call preset,STAGE): the flags that make/tasks.mk has for this stage

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from mpo.kernels import functions as kernels
 from mpo.kernels.functions import KVCache, LayerWeights, Packing
 from mpo.model.families import ATTENTION, FAMILIES, Family
+from mpo.runtime import distributed
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of the angles of N tokens, (N, d/2) each
 
@@ -390,16 +391,20 @@ class Trunk(nn.Module):
             cache.begin(packing.lengths)
         return self.norm(x)
 
-    def decoder(self, cache: KVCache) -> Callable[[Tensor], Tensor]:
-        """A function from ids (B,), one more token of each text in the cache, to hidden states (B, D); no gradients."""
-        if self.has_kernel(cache.room):
+    def decoder(self, cache: KVCache, whole: bool = True) -> Callable[[Tensor], Tensor]:
+        """A function from ids (B,), one more token of each text in the cache, to hidden states (B, D); no gradients.
+
+        Without `whole`, sharded layers are gathered when their turn comes, in each step.
+        """
+        if whole and self.has_kernel(cache.room):
             weights = [block.weights() for block in self.blocks]
             all_layers = kernels.decoder(weights, self.norm.weight, self.norm.eps, cache)
             return lambda ids: all_layers(self.embed(ids), *self.ropes(cache.lengths)[0])
 
         def step(ids: Tensor) -> Tensor:
             x = self.embed(ids)
-            for i, (block, rope) in enumerate(zip(self.blocks, self.ropes(cache.lengths), strict=True)):
+            blocks = self.blocks if whole else distributed.in_turn(self.blocks)
+            for i, (block, rope) in enumerate(zip(blocks, self.ropes(cache.lengths), strict=True)):
                 compute = type(block).compute  # never torch.compile's, since the cache grows at each step
                 x = compute(block, x, rope, None, cache, i)
             cache.advance()
@@ -417,6 +422,11 @@ class Trunk(nn.Module):
         no_bias = not any(map(c.has_bias, ("o_proj", "gate_proj", "up_proj", "down_proj")))
         all_seen = all((c.window(i) or room) >= room for i in range(c.num_hidden_layers))
         return as_llama and no_bias and all_seen and len(c.positions) == 1
+
+    def take_part(self) -> None:
+        """Give this process's part of sharded layers to processes that compute with them, and compute nothing."""
+        for _ in distributed.in_turn(self.blocks):
+            pass
 
 
 class Llama(nn.Module):
@@ -449,11 +459,11 @@ class Llama(nn.Module):
             0, ids.shape
         )
 
-    def kv_cache(self, rows: int, length: int) -> KVCache:
-        """An empty cache for `rows` texts of at most `length` tokens."""
+    def kv_cache(self, rows: int, length: int, whole: bool = True) -> KVCache:
+        """An empty cache for `rows` texts of at most `length` tokens. `whole`: see Trunk.decoder."""
         c = self.config
         sizes = c.num_hidden_layers, rows, length, c.num_key_value_heads, c.head_dim
-        impl = None if self.model.has_kernel(length) else "reference"
+        impl = None if whole and self.model.has_kernel(length) else "reference"
         return kernels.kv_cache(*sizes, self.lm_head.weight, impl=impl)
 
 

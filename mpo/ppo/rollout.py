@@ -93,6 +93,8 @@ def roll_out(
         for column, values_of_part in zip(columns.values(), of_part, strict=True):
             column[at, : values_of_part.shape[1]] = values_of_part
         scores[at] = score(rm, part)
+    for frozen in (ref, rm):
+        distributed.reshard(frozen)
     scores = distributed.all_gather(scores, B)
     columns = {name: distributed.all_gather(column, B) for name, column in columns.items()}
     for name, column in (("the reward model's score", scores), *columns.items()):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -220,9 +220,12 @@ def synchronise_gradients(model: nn.Module, now: bool) -> None:
 
 
 @contextmanager
-def unsharded(model: nn.Module) -> Iterator[None]:
-    """Within this context every process holds all weights, gathered once: generation needs them at every token."""
-    parts = _fsdp_modules(model)
+def unsharded(model: nn.Module, layers: bool = True) -> Iterator[None]:
+    """Within this context every process holds all weights, gathered once: generation needs them at every token.
+
+    Without `layers`, it holds those outside the layers, and each layer's only when its turn comes (`in_turn`).
+    """
+    parts = [part for part in _fsdp_modules(model) if layers or part is model]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -231,6 +234,20 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
+
+
+def in_turn(layers: Iterable[M]) -> Iterator[M]:
+    """The layers of a model, each gathered when its turn comes and only until the next one's.
+
+    Every process must go through them equally often, since each gives its part.
+    """
+    for layer in layers:
+        parts = _fsdp_modules(layer)
+        for part in parts:
+            part.unshard()
+        yield layer
+        for part in parts:
             part.reshard()
 
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mpo.config import Range
-from mpo.runtime import signals
+from mpo.runtime import allocator, signals
 from mpo.runtime.cores import threads
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError, Interrupted, RunError
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # what goes wrong below also arrives as an exception
+    os.environ |= allocator.environment()
     os.environ["OMP_NUM_THREADS"] = str(threads(processes=processes))
     config = LaunchConfig(
         1,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from mpo.config import Common, Limits
 from mpo.kernels import functions as kernels
-from mpo.runtime import device, distributed
+from mpo.runtime import allocator, device, distributed
 from mpo.runtime.cores import threads
 from mpo.runtime.errors import InputError
 
@@ -28,18 +26,4 @@ def setup_torch(config: Common) -> None:
     torch.set_num_threads(threads(config.threads))
     torch.set_flush_denormal(True)
     kernels.use_bf16(precision == "bf16-mixed")
-    if not getattr(config, "recompute", False):  # recompute is for those who need the memory back
-        keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse the memory of freed tensors instead of returning it to the system.
-
-    By default each large tensor is a mapping of its own, whose pages the kernel clears when they are first touched.
-    That takes much of a small model's step.
-    """
-    mmap_max, trim_threshold = -4, -1  # mallopt's names for them (malloc.h)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+    allocator.configure(frugal=getattr(config, "recompute", False))

@@ -6,6 +6,8 @@ models on torch's meta device, which have shapes but no values.
 
 from __future__ import annotations
 
+import bisect
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +23,7 @@ from mpo.model import lora
 from mpo.model.generate import PREFILL
 from mpo.model.hf_config import config_from_json
 from mpo.model.llama import PRESETS, Adapters, Llama, LlamaConfig, ScalarModel
-from mpo.runtime import distributed
+from mpo.runtime import allocator, device, distributed
 from mpo.runtime.errors import InputError
 from mpo.runtime.stage import peak_memory_mb
 from mpo.training.optimisers import STACK, make_optimiser, optimiser_step
@@ -29,6 +31,10 @@ from mpo.training.optimisers import STACK, make_optimiser, optimiser_step
 FLOAT = 4  # bytes of an fp32 number
 Model = TypeVar("Model", Llama, ScalarModel)
 _models: dict[str, Any] = {}
+
+SHARE = 0.9  # of the memory that the plan leaves for sampling: so much is used, since no plan is exact
+PROGRAM = 1e9  # bytes that the program is taken to need when a way to sample is chosen; the same in every run
+IN_TURN = 8  # how often all layers are read from memory in the time that it takes to gather them from other processes
 
 
 class Line(NamedTuple):
@@ -52,6 +58,14 @@ class Load(NamedTuple):
     prompt: int = 0  # largest length of its prompt
     parent: int = 0  # the longest parent of a segment: P
     longest: int = 0  # the longest segment: T
+    heads: int = 0  # matrices (V, D), embeddings, heads and their gradients, that are gathered at the same time
+
+
+class Way(NamedTuple):
+    """How a stage samples (`Sampling`)."""
+
+    whole: bool  # a sharded policy is gathered all at once, not one layer after the other
+    rows: int  # at a time, in each process
 
 
 # --- counts ---------------------------------------------------------------------------------------
@@ -87,6 +101,19 @@ def adapter_parameters(c: LlamaConfig, rank: int, targets: str) -> int:
     return c.num_hidden_layers * of_layer
 
 
+def adapted_inputs(c: LlamaConfig, targets: str) -> int:
+    """Numbers that the adapters of one layer read, for one token."""
+    with torch.device("meta"):
+        layer = Llama(replace(c, num_hidden_layers=1))
+        lora.attach(layer, Adapters(1, 1.0, tuple(t.strip() for t in targets.split(",")), 0, ""))
+    return sum(adapted.in_features for adapted in lora.adapted(layer).values())
+
+
+def matrices(c: LlamaConfig) -> int:
+    """How many matrices (V, D) a language model has: one that is embedding and head, or two."""
+    return 1 if c.tie_word_embeddings else 2
+
+
 def adafactor_state(c: LlamaConfig) -> int:
     """Numbers that Adafactor keeps for a language model: a row and a column of each matrix, and each vector."""
     return sum(sum(p.shape) if p.dim() > 1 else p.numel() for p in shapes_of(Llama, c).parameters())
@@ -108,17 +135,22 @@ def layer_activations(c: LlamaConfig) -> int:
     return 4 * c.hidden_size + 2 * queries_and_keys + 3 * c.intermediate_size + more
 
 
-def plain_layer(c: LlamaConfig, use: Load, held: int) -> float:
+def plain_layer(c: LlamaConfig, use: Load, held: int, adapted: int = 0) -> float:
     """Bytes that torch's own operations (on GPUs, and in bf16) keep in one layer, for all tokens.
 
     For each token: what is normed, before and after its product with the weight; the attention's output; gate, its
     silu, up and the product. And as rectangles, segments by the longest: queries, keys, values and output.
+
+    `adapted`: numbers of a token that the adapters of bf16 weights read. Each adapter keeps its own in fp32, and for
+    the weights, which are fixed, nothing is kept.
     """
     heads = c.num_attention_heads * c.head_dim
     of_number = 8 + held if c.family.one_plus else 4 + 2 * held  # Gemma multiplies by the weight in fp32
     normed = (4 if c.family.four_norms else 2) * c.hidden_size * of_number
     normed += c.family.qk_norm * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim * of_number
     of_token = normed + held * (heads + 4 * c.intermediate_size)
+    if adapted:
+        of_token += FLOAT * adapted - held * (2 * c.hidden_size + heads + c.intermediate_size)
     return use.tokens * of_token + held * use.segments * heads * (2 * use.longest + 2 * (use.parent + use.longest))
 
 
@@ -130,27 +162,37 @@ def _rows(config: Training, batch: int, processes: int) -> int:
     return min(config.microbatch, -(-batch // processes))
 
 
+def _heads(config: Training, trained: int, frozen: int = 0) -> int:
+    """Matrices (V, D) of all models that are gathered at the same time; those that are trained have gradients, too."""
+    return max(trained + frozen, trained if config.lora_rank else 2 * trained)
+
+
 def _adapters(config: Training, c: LlamaConfig) -> int:
     return adapter_parameters(c, config.lora_rank, config.lora_targets) if config.lora_rank else 0
+
+
+def _shape(config: Training, trained: int) -> dict[str, int]:
+    P, R = config.max_prompt, config.max_response
+    return {"parent": P, "longest": max(P, R), "heads": _heads(config, trained)}
 
 
 def _sft(config: SFTConfig, c: LlamaConfig, processes: int) -> Load:
     model, rows, P, R = parameters(c), _rows(config, config.batch, processes), config.max_prompt, config.max_response
     trained, frozen = (_adapters(config, c), model) if config.lora_rank else (model, 0)
-    return Load(trained, frozen, rows * (P + R), rows * R, 2 * rows, parent=P, longest=max(P, R))
+    return Load(trained, frozen, rows * (P + R), rows * R, 2 * rows, **_shape(config, matrices(c)))
 
 
 def _rm(config: RMConfig, c: LlamaConfig, processes: int) -> Load:
     scalar, rows = parameters(c, scalar=True), _rows(config, config.batch, processes)
     P, R = config.max_prompt, config.max_response
     trained, frozen = (_adapters(config, c), scalar) if config.lora_rank else (scalar, 0)
-    return Load(trained, frozen, rows * (P + 2 * R), 0, 3 * rows, parent=P, longest=max(P, R))
+    return Load(trained, frozen, rows * (P + 2 * R), 0, 3 * rows, **_shape(config, 1))
 
 
 def _dpo(config: DPOConfig, c: LlamaConfig, processes: int) -> Load:
     model, rows, P, R = parameters(c), _rows(config, config.batch, processes), config.max_prompt, config.max_response
     trained, frozen = (_adapters(config, c), model) if config.lora_rank else (model, 0)
-    return Load(trained, frozen, rows * (P + 2 * R), rows * 2 * R, 3 * rows, parent=P, longest=max(P, R))
+    return Load(trained, frozen, rows * (P + 2 * R), rows * 2 * R, 3 * rows, **_shape(config, matrices(c)))
 
 
 def _ppo(config: PPOConfig, c: LlamaConfig, processes: int) -> Load:
@@ -172,18 +214,20 @@ def _ppo(config: PPOConfig, c: LlamaConfig, processes: int) -> Load:
         prompt=P,
         parent=P,
         longest=max(P, config.max_new),
+        heads=_heads(config, matrices(c) + own, (0 if config.lora_rank else matrices(c)) + 1),
     )
 
 
 def _split(config: SplitConfig, c: LlamaConfig, processes: int) -> Load:
     rows, scalars = -(-config.microbatch // processes), len(config.rm.split(","))
-    return Load(0, scalars * parameters(c, scalar=True), rows * (config.max_prompt + 2 * config.max_response), 0)
+    tokens = rows * (config.max_prompt + 2 * config.max_response)
+    return Load(0, scalars * parameters(c, scalar=True), tokens, 0, heads=scalars)
 
 
 def _eval(config: EvalConfig, c: LlamaConfig, processes: int) -> Load:
     rows, length = -(-config.batch // processes), config.max_prompt + config.max_new
     frozen = 2 * parameters(c) + parameters(c, scalar=True)
-    lengths = {"sampled": rows, "length": length, "prompt": config.max_prompt}
+    lengths = {"sampled": rows, "length": length, "prompt": config.max_prompt, "heads": 2 * matrices(c) + 1}
     return Load(0, frozen, rows * length, rows * config.max_new, **lengths)
 
 
@@ -206,47 +250,139 @@ def load_of(config: Any, c: LlamaConfig, processes: int) -> Load:
     return LOADS[kind](config, c, processes)
 
 
+# --- sampling -------------------------------------------------------------------------------------
+
+
+def sampling_bytes(config: Any, c: LlamaConfig, use: Load, parts: int, cpu: bool, way: Way) -> tuple[float, float]:
+    """What sampling holds in this way, besides what the stage holds all the time: the KV cache, and the rest.
+
+    `parts`: processes among which the weights are divided.
+    """
+    held, D, F = bytes_of_weight(config), c.hidden_size, c.intermediate_size
+    compiled = cpu and held == FLOAT and way.whole
+    of_token = (FLOAT if config.precision == "fp32" else 2) * 2 * c.num_key_value_heads * c.head_dim  # in one layer
+    cache = c.num_hidden_layers * way.rows * use.length * of_token
+    if not compiled:  # keys and values of one layer, once for each head of queries
+        cache += way.rows * use.length * of_token * c.num_attention_heads // c.num_key_value_heads
+    layers = c.num_hidden_layers * block_parameters(c) if way.whole else block_parameters(c)
+    merged = held * layers if getattr(config, "lora_rank", 0) else 0  # base and adapters as one matrix
+    copies = held * parameters(c) * (compiled + (way.whole and parts > 1))  # packed for the kernels; gathered
+    begun = min(way.rows * use.prompt, max(PREFILL, use.prompt))
+    return cache, merged + copies + held * begun * (2 * D + 3 * F)
+
+
+def choose_way(config: Any, c: LlamaConfig, use: Load, parts: int, cpu: bool, room: float) -> Way:
+    """The fastest way to sample in `room` bytes. Every pass over the rows reads, or gathers, all layers for each token.
+
+    Where nothing fits, the way that takes least.
+    """
+    ways = []
+    for whole in (True, False) if parts > 1 else (True,):
+
+        def needed(rows: int, whole: bool = whole) -> float:
+            return sum(sampling_bytes(config, c, use, parts, cpu, Way(whole, rows)))
+
+        if most := bisect.bisect_right(range(1, use.sampled + 1), room, key=needed):
+            passes = -(-use.sampled // most)
+            ways.append((passes * (1 if whole else IN_TURN), Way(whole, -(-use.sampled // passes))))
+    return min(ways)[1] if ways else Way(parts == 1, 1)
+
+
+def way_within(config: Any, c: LlamaConfig, processes: int, base: float, cpu: bool, capacity: float) -> Way:
+    """The way to sample on devices with this capacity in bytes; see `lines`."""
+    use, held = load_of(config, c, processes), sum(line.bytes for line in always(config, c, processes, base))
+    return choose_way(config, c, use, parts_of(config, processes), cpu, SHARE * (capacity - held))
+
+
+def way_to_sample(config: PPOConfig | EvalConfig, c: LlamaConfig) -> Way:
+    """How this stage samples a policy of this shape. It depends on flags, processes and devices, not on what is free.
+
+    So a stage that is run again samples in the same way. All processes get the same answer.
+    """
+    cpu, capacity = device.current().type == "cpu", -distributed.all_max([-capacity_of_device()])[0]
+    return way_within(config, c, distributed.world_size(), PROGRAM, cpu, capacity)
+
+
 # --- the plan -------------------------------------------------------------------------------------
 
 
-def lines(
-    config: Training | SplitConfig | EvalConfig, c: LlamaConfig, processes: int = 1, base: float = 0.0, cpu: bool = True
-) -> list[Line]:
-    """All that one process holds at its worst moment. `base`: bytes of the program itself; `cpu`: computed on a CPU."""
-    use, D, F, V = load_of(config, c, processes), c.hidden_size, c.intermediate_size, c.vocab_size
-    parts = processes if config.shard and processes > 1 else 1
-    held = 2 if config.precision == "bf16" else FLOAT
-    trained = FLOAT if isinstance(config, Training) and config.lora_rank else held  # bytes; adapters are in fp32
+def bytes_of_weight(config: Any) -> int:
+    """Bytes of a weight that is no adapter."""
+    return 2 if config.precision == "bf16" else FLOAT
+
+
+def parts_of(config: Any, processes: int) -> int:
+    """The number of processes among which every weight is divided."""
+    return processes if config.shard else 1
+
+
+def always(config: Any, c: LlamaConfig, processes: int, base: float) -> list[Line]:
+    """What one process holds all the time. `base`: bytes of the program itself."""
+    use, parts, held = load_of(config, c, processes), parts_of(config, processes), bytes_of_weight(config)
+    trained = FLOAT if getattr(config, "lora_rank", 0) else held  # bytes; adapters are in fp32
     plan = [Line("the program and torch", base)]
     plan.append(Line("weights", (trained * use.trained + held * use.frozen) / parts))
-    if parts > 1:  # two layers, one of which is being gathered, and the rest of each model
-        left = 2 * (V * D * (1 if c.tie_word_embeddings else 2))
+    if parts > 1:  # two layers, one of which is being gathered, and what is outside the layers
+        left = (use.heads or matrices(c)) * c.vocab_size * c.hidden_size
         plan.append(Line("gathered weights", held * (2 * block_parameters(c) + left)))
-    passing = held * use.tokens * (2 * D + 3 * F)  # held while a layer is computed, besides what is kept
-    head = 2 * FLOAT * min(HEAD_COLUMNS, V * use.responses) + FLOAT * V * D if use.trained and use.responses else 0.0
-    working, learning = head + passing, 0.0
     if isinstance(config, Training):
-        gradients = trained * use.trained / parts
         plan.append(Line("optimiser", optimiser_bytes(config, c, use) / parts))
         if processes > 1 and parts == 1:
-            plan.append(Line("gradients being averaged", gradients))
-        plain, layers = held < FLOAT or not cpu, c.num_hidden_layers
-        layer = plain_layer(c, use, held) if plain else FLOAT * use.tokens * layer_activations(c)
-        kept = layers * held * use.tokens * D + layer if config.recompute else layers * layer
-        activations = use.models * (kept + held * (2 * use.tokens * D + use.responses * D))
-        # Gradients appear as activations are freed, but do not fit into the holes, so that both count.
-        learning = gradients + activations
-    sampling = 0.0
-    if use.sampled:
-        cache = held * 2 * c.num_hidden_layers * use.sampled * use.length * c.num_key_value_heads * c.head_dim
-        copies = held * parameters(c) * ((cpu and held == FLOAT) + (parts > 1))  # packed for the kernels; gathered
-        begun = min(use.sampled * use.prompt, max(PREFILL, use.prompt))
-        sampling = cache + copies + held * begun * (2 * D + 3 * F)
-    if sampling > learning + working:  # sampling and training take turns
-        return [*plan, Line("KV cache", cache), Line("sampling", sampling - cache)]
-    if isinstance(config, Training):
-        plan += [Line("gradients", gradients), Line("activations", activations)]
-    return [*plan, Line("head, and what a layer needs for a moment", working)]
+            plan.append(Line("gradients being averaged", trained * use.trained))
+    return plan
+
+
+def learning(config: Training, c: LlamaConfig, parts: int, use: Load, cpu: bool) -> list[Line]:
+    """What one process holds besides that when it computes gradients."""
+    held, layers, D = bytes_of_weight(config), c.num_hidden_layers, c.hidden_size
+    gradients = (FLOAT if config.lora_rank else held) * use.trained / parts
+    layer: float = FLOAT * use.tokens * layer_activations(c)
+    if held < FLOAT or not cpu:
+        targets = config.lora_targets if config.lora_rank and held < FLOAT else ""
+        layer = plain_layer(c, use, held, adapted_inputs(c, targets) if targets else 0)
+    kept = layers * held * use.tokens * D + layer if config.recompute else layers * layer
+    activations = use.models * (kept + held * (2 * use.tokens * D + use.responses * D))
+    # Gradients appear as activations are freed, but do not fit into the holes, so that both count.
+    return [Line("gradients", gradients), Line("activations", activations)]
+
+
+def lines(
+    config: Training | SplitConfig | EvalConfig,
+    c: LlamaConfig,
+    processes: int = 1,
+    base: float = 0.0,
+    cpu: bool = True,
+    capacity: float = math.inf,
+) -> list[Line]:
+    """All that one process holds at its worst moment.
+
+    Args:
+        config: the flags of the stage.
+        c: the shape of its model.
+        processes: how many there are.
+        base: bytes of the program itself.
+        cpu: whether it is computed on a CPU.
+        capacity: bytes of memory of this process's device, which decide how the stage samples.
+    """
+    use, parts, V = load_of(config, c, processes), parts_of(config, processes), c.vocab_size
+    plan = always(config, c, processes, base)
+    passing = (
+        bytes_of_weight(config) * use.tokens * (2 * c.hidden_size + 3 * c.intermediate_size)
+    )  # besides what is kept
+    head = 2 * FLOAT * min(HEAD_COLUMNS, V * use.responses) + FLOAT * V * c.hidden_size
+    working = passing + (head if use.trained and use.responses else 0.0)
+    taught = learning(config, c, parts, use, cpu) if isinstance(config, Training) else []
+    taught.append(Line("head, and what a layer needs for a moment", working))
+    if not use.sampled:
+        return plan + taught
+    way = way_within(config, c, processes, base, cpu, capacity)
+    cache, rest = sampling_bytes(config, c, use, parts, cpu, way)
+    at_once = f"KV cache ({way.rows:,} rows at once)"
+    sampling = [
+        Line(at_once, cache),
+        Line("sampling" if way.whole else "sampling, one layer gathered after the other", rest),
+    ]
+    return plan + max(sampling, taught, key=lambda part: sum(line.bytes for line in part))  # they take turns
 
 
 def optimiser_bytes(config: Training, c: LlamaConfig, use: Load) -> float:
@@ -291,6 +427,13 @@ def available() -> float:
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
+def capacity_of_device() -> float:
+    """Bytes of memory that this process's device has, or its share of them where several processes use the CPU."""
+    if device.current().type == "cuda":
+        return float(torch.cuda.get_device_properties(device.current()).total_memory)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / distributed.local_world_size()
+
+
 def longest_rows(config: Training | SplitConfig | EvalConfig) -> str:
     """The rows of the worst case, in words: the longest prompt plus the longest response or, of a pair, two of them."""
     of_pair = "2 x " if isinstance(config, (RMConfig, DPOConfig, SplitConfig)) else ""
@@ -302,7 +445,7 @@ def show(config: Training | SplitConfig | EvalConfig) -> None:
     distributed.start(config.shard)
     processes, here = distributed.world_size(), distributed.local_world_size()
     c = model_of(config)
-    plan = lines(config, c, processes, base=program())
+    plan = lines(config, c, processes, base=program(), capacity=capacity_of_device())
     each = "one process" if processes == 1 else f"{processes} processes, each"
     size = f"a model of {parameters(c) / 1e6:,.1f} M parameters, {each}"
     print(f"plan of {Path(config.out).name}, at worst ({longest_rows(config)}): {size}:")
@@ -314,4 +457,9 @@ def show(config: Training | SplitConfig | EvalConfig) -> None:
         print(
             f"warning: {here} such processes need {total * here / 2**30:,.1f} GB, {available() / 2**30:,.1f} are free; "
             "lower --microbatch, --max_prompt or --max_response; or use --recompute, --lora_rank, --precision, --shard"
+        )
+    if device.current().type == "cpu" and allocator.loses_memory():
+        print(
+            "note: started like this, a stage takes up to a quarter more, since this version of glibc loses memory "
+            f"between tensors; with {allocator.VARIABLE}={allocator.WITHOUT_CACHE}, which make sets, it does not"
         )

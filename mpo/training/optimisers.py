@@ -91,12 +91,13 @@ def adafactor(g: Tensor, state: State, t: int, eps: float) -> Tensor:
     """
     decay, square = 1 - t**-0.8, g * g + 1e-30
     if g.dim() < 2:
-        v = state["exp_avg_sq"].lerp_(square, 1 - decay)
+        root = state["exp_avg_sq"].lerp_(square, 1 - decay).sqrt()
     else:
         rows = state["rows"].lerp_(square.mean(1), 1 - decay)
         columns = state["columns"].lerp_(square.mean(0), 1 - decay)
-        v = rows[:, None] * columns / rows.mean()
-    update = g / v.sqrt()
+        # Not the root of the product, which would be 0 in the row of a token without a gradient.
+        root = (rows / rows.mean()).sqrt()[:, None] * columns.sqrt()
+    update = g / root
     return update / max(1.0, float(update.square().mean().sqrt()))
 
 

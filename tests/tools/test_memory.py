@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import pytest
 import torch
 
-from benchmarks.plans import SIZES, measure, write_inputs
+from benchmarks.plans import MODELS, SIZES, WEIGHTS, measure, needed, write_inputs
 from mpo.config import DPOConfig, PPOConfig, SFTConfig
 from mpo.kernels import functions as kernels
 from mpo.kernels.functions import Packing
 from mpo.model.llama import Adapters, Llama, ScalarModel, cast_weights
 from mpo.model.lora import TARGETS, attach
+from mpo.runtime import allocator
+from mpo.tools import memory
 from mpo.tools.memory import (
     Load,
+    Way,
     adafactor_state,
+    adapted_inputs,
     adapter_parameters,
+    choose_way,
     layer_activations,
     lines,
+    load_of,
     parameters,
     plain_layer,
 )
@@ -70,14 +79,16 @@ def test_the_plan_counts_the_numbers_that_a_compiled_layer_keeps_for_a_token(fam
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_plan_counts_the_bytes_that_a_layer_in_plain_torch_keeps(dtype, family, monkeypatch):
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 0), (torch.bfloat16, 0), (torch.bfloat16, 2)])
+def test_the_plan_counts_the_bytes_that_a_layer_in_plain_torch_keeps(dtype, rank, family, monkeypatch):
     monkeypatch.setattr(kernels, "default", "reference")
     kept = {}
     for layers in (2, 3):
         model = small_model(num_hidden_layers=layers, **family)
         packing = Packing([30, 20, 20], [-1, 0, 0])
         cast_weights(model, dtype)
+        if rank:
+            attach(model, Adapters(rank, 1.0, TARGETS, 0, ""))
         known, sizes = {p.data_ptr() for p in model.parameters()}, {}
 
         def keep(t, sizes=sizes, known=known):
@@ -90,7 +101,8 @@ def test_the_plan_counts_the_bytes_that_a_layer_in_plain_torch_keeps(dtype, fami
         kept[layers] = sum(sizes.values())
         assert hidden.dtype == dtype
     use = Load(0, 0, 70, 40, segments=3, parent=30, longest=30)
-    assert kept[3] - kept[2] == pytest.approx(plain_layer(model.config, use, dtype.itemsize), rel=0.1)
+    adapted = adapted_inputs(model.config, ",".join(TARGETS)) if rank else 0
+    assert kept[3] - kept[2] == pytest.approx(plain_layer(model.config, use, dtype.itemsize, adapted), rel=0.1)
 
 
 def test_the_plan_counts_the_numbers_that_adafactor_keeps():
@@ -108,7 +120,15 @@ FRUGAL = ("--precision", "bf16", "--optimiser", "adafactor")
 
 @pytest.mark.parametrize(
     ("size", "stage", "more"),
-    [("mini", "ppo", ()), ("small", "dpo", ()), ("small", "sft", ()), ("mini", "sft", FRUGAL)],
+    [
+        ("mini", "ppo", ()),
+        ("small", "dpo", ()),
+        ("small", "sft", ()),
+        ("mini", "sft", FRUGAL),
+        ("small", "dpo", ("--recompute", "true")),
+        ("small", "dpo", ("--lora_rank", "8")),
+        ("mini", "ppo", ("--recompute", "true", "--lora_rank", "8")),
+    ],
 )
 def test_the_plan_is_within_15_percent_of_the_measured_peak(tmp_path, size, stage, more):
     write_inputs(tmp_path, size)
@@ -139,6 +159,63 @@ def test_flags_that_save_memory_lower_the_total_of_the_plan():
     models = {"out": "", "prompts": "", "model": "", "ref": "", "rm": ""}
     assert total(PPOConfig(**models, shared_critic=True), c) < total(PPOConfig(**models), c)
     assert total(SFTConfig(out="", data="", tokenizer=""), c) < whole
+
+
+def sampling_of(c, batch, parts=4, **more):
+    """A PPO stage's flags and load, with the bytes of a row's cache on a GPU and of the policy, in bf16."""
+    flags = {"out": "", "prompts": "", "model": "", "ref": "", "rm": "", "max_prompt": 20, "max_new": 12, **more}
+    config = PPOConfig(**flags, batch=batch, shard=True, precision="bf16")
+    store = Llama(c).bfloat16().kv_cache(1, 32, whole=False).store
+    repeated = store[0].nbytes * c.num_attention_heads // c.num_key_value_heads  # of one layer, for all its queries
+    return config, load_of(config, c, parts), store.nbytes + repeated, 2 * parameters(c)
+
+
+def test_a_policy_that_does_not_fit_is_gathered_layer_by_layer_with_as_many_rows_as_fit():
+    c = small_config(num_hidden_layers=20, vocab_size=50_000)
+    config, use, row, policy = sampling_of(c, batch=64)
+    begun = 2 * (2 * c.hidden_size + 3 * c.intermediate_size)  # for each token of the prompts
+    all_rows = 16 * (row + 20 * begun)  # 16 rows in each of 4 processes, with prompts of 20 tokens
+
+    def way(room, parts=4):
+        return choose_way(config, c, use, parts, False, room)
+
+    assert way(policy + all_rows) == Way(True, 16)
+    assert way(policy + all_rows - 1) == Way(True, 8)  # two passes; gathering in turn would take as long as eight
+    assert way(policy - 1) == Way(False, 16)
+    assert way(all_rows - 1) == Way(False, 8)
+    assert way(3 * (row + 20 * begun)) == Way(False, 3)  # six passes of at most three rows
+    assert way(policy + 2 * (row + 20 * begun)) == Way(False, 16)  # one pass in turn takes as long as 8 of 2 rows
+    assert way(policy + row + 20 * begun) == Way(False, 16)  # 16 passes over one row would take longer
+    assert way(0) == Way(False, 1)
+    # A single process has the whole policy anyway.
+    assert choose_way(config, c, use, 1, False, row + 20 * begun) == Way(True, 1)
+    assert choose_way(config, c, use, 1, False, math.inf) == Way(True, 16)
+
+
+def test_every_size_up_to_70_b_fits_on_some_number_of_gpus():
+    for name in ("SmolLM2-135M", "Llama-3-70B"):
+        for kind in WEIGHTS.values():
+            assert re.fullmatch(r"\d+ \(\d+\)\*?", needed(MODELS[name], "ppo", **kind))
+    assert needed(MODELS["Llama-3-70B"], "ppo").endswith("*")
+    assert not needed(MODELS["SmolLM2-135M"], "ppo").endswith("*")
+
+
+def test_all_processes_sample_in_the_way_that_the_smallest_device_allows(monkeypatch):
+    c = small_config()
+    config = sampling_of(c, batch=8)[0]
+    monkeypatch.setattr(memory, "capacity_of_device", lambda: 1e12)
+    assert memory.way_to_sample(config, c) == Way(True, 8)
+    monkeypatch.setattr(memory.distributed, "all_max", lambda values: [max(values[0], -1e6)])  # another one has 1 MB
+    assert memory.way_to_sample(config, c) == Way(True, 1)
+
+
+def test_the_plan_says_how_to_avoid_that_glibc_loses_memory(hh_run, tmp_path, monkeypatch):
+    flags = ("--data", hh_run / "split" / "pairs.jsonl", "--model", hh_run / "sft", "--out", tmp_path / "out")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    loses = "GLIBC_TUNABLES=glibc.malloc.tcache_count=0" in run_script("train_dpo.py", *flags, "--plan", "true").stdout
+    assert loses == allocator.loses_memory()
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
+    assert "GLIBC_TUNABLES" not in run_script("train_dpo.py", *flags, "--plan", "true").stdout
 
 
 def test_the_flag_plan_prints_the_plan_and_writes_nothing(hh_run, tmp_path):

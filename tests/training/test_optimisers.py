@@ -120,6 +120,18 @@ def test_adafactor_matches_a_loop_and_keeps_one_row_and_one_column():
     assert shapes == {"rows": (3,), "columns": (4,), "step": ()}  # not (3, 4)
 
 
+def test_adafactor_leaves_the_rows_of_tokens_that_do_not_occur_as_they_are():
+    """They have no gradient. In fp32, the mean square of such a row, 1e-30, times a small one is 0."""
+    g = torch.zeros(3, 4)
+    g[1] = torch.tensor([1e-5, 2e-5, -1e-5, 3e-5])
+    p = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4))
+    model = nn.Module()
+    model.weight, expected = p, adafactor_loop(p.tolist(), [g.tolist()] * 3, 0.03, 0.0)
+    torch.set_flush_denormal(True)  # as in every stage
+    actual = after_steps(make_optimiser(model, 0.03, 0.0, kind="adafactor"), p, [g] * 3)
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
 def muon_by_svd(p, grads, lr, decay):
     """Muon with U V^T from numpy's SVD in float64 in place of the polynomial, whose error is a part of the method."""
     p, m = p.double().numpy(), np.zeros(p.shape)
