@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import autograd
 from . import head, layers
+from .binding import MULTIPLIES_BF16 as MULTIPLIES_BF16
 from .generation import KVCache as KVCache
 from .head import sample_tokens as sample_tokens
 

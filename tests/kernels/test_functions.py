@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,6 +232,47 @@ def test_products_in_bf16_round_their_operands_but_not_the_sums(shape, impl):
     torch.testing.assert_close(actual.detach().double(), y.detach(), rtol=1e-5, atol=1e-4)
     for leaf, exact in zip(leaves, rounded, strict=True):
         torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_without_products_only_the_cache_is_rounded_to_bf16():
+    x, weight = torch.randn(70, 30), torch.randn(20, 30)
+    exact = kernels.linear(x, weight)
+    kernels.use_bf16(True, products=False)
+    try:
+        assert torch.equal(kernels.linear(x, weight), exact)
+        assert kernels.kv_cache(1, 1, 4, 1, 4, x, impl="reference").store.dtype == torch.bfloat16
+        assert kernels.in_bf16()
+    finally:
+        kernels.use_bf16(False)
+    assert not kernels.in_bf16()
+
+
+@needs_cpu
+def test_a_processor_multiplies_bf16_where_it_says_so():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "MPO_KERNELS_FLAGS" in os.environ or "flags" not in flags:
+        pytest.skip("the kernels are built for another processor, or this one does not list its instructions")
+    assert kernels.multiplies_bf16(torch.device("cpu")) == ("avx512_bf16" in flags)
+    assert kernels.multiplies_bf16(torch.device("cuda"))
+
+
+@needs_cpu
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_a_linear_layer_keeps_for_its_gradient_only_what_it_needs(bf16):
+    """Of a frozen weight no gradient is computed, so the input need not be kept; and the other way round."""
+    kept = list[torch.Tensor]()
+    kernels.use_bf16(bf16)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            for x, weight, expected in (
+                (torch.randn(70, 30, requires_grad=True), torch.randn(20, 30), "weight"),
+                (torch.randn(70, 30), torch.randn(20, 30, requires_grad=True), "x"),
+            ):
+                kept.clear()
+                kernels.linear(x, weight, impl="cpu").sum().backward()
+                assert [list(t.shape) for t in kept] == [[20, 30] if expected == "weight" else [70, 30]]
+    finally:
+        kernels.use_bf16(False)
 
 
 @needs_cpu
