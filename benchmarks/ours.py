@@ -73,7 +73,7 @@ def sft() -> Callable[[], object]:
 def dpo(cached: bool) -> Callable[[], object]:
     """A DPO step. The reference's log-probs are computed once in advance (`cached`), or in every step."""
     policy = to_train(model(0))
-    ref = BaseModel(policy) if w.LORA else model(0)
+    ref = policy if w.LORA else model(0)  # an untrained adapter changes nothing
     optimiser, rows = make_optimiser(policy, w.LR, 0.0), pairs()
     cache = reference_logps(ref, rows, w.PAIRS)
 
