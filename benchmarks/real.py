@@ -8,6 +8,7 @@ missing from "real" in bench.json and writes each of them at once, so that a run
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +79,20 @@ def commands(name: str) -> dict[str, list[str]]:
 
 
 def measure(name: str, config: RealConfig) -> Row:
-    """Measure one row: the median time of a step, in seconds, and its memory, in MiB."""
+    """Measure one row: seconds and MiB of a step, and how many times as fast as each other way this project is.
+
+    This project takes turns with one other way at a time, since a machine may not have memory for more.
+    """
     sizes = SHAPE | ({"lora": RANK} if name.endswith("LoRA") else {})
-    rows = hold(commands(name), config.repeats, config.threads or cores(), {"MPO_BENCH": json.dumps(sizes)})
-    results = {way: {"seconds": row["seconds"], "step_mib": row["step_mib"]} for way, row in rows.items()}
+    ways, results, mine = commands(name), dict[str, Any](), list[Row]()
+    for way in [w for w in ways if w != OURS]:
+        pair = {OURS: ways[OURS], way: ways[way]}
+        rows = hold(pair, config.repeats, config.threads or cores(), {"MPO_BENCH": json.dumps(sizes)})
+        mine.append(rows[OURS])
+        times = rows[way]["seconds"] / rows[OURS]["seconds"]
+        results[way] = {"seconds": rows[way]["seconds"], "step_mib": rows[way]["step_mib"], "times": times}
+    seconds = statistics.median(t for row in mine for t in row["all"])
+    results[OURS] = {"seconds": seconds, "step_mib": statistics.median(row["step_mib"] for row in mine)}
     return results | {"machine": machine(), "commit": commit()}
 
 

@@ -233,7 +233,7 @@ def real_table(rows: Mapping[str, Row]) -> str:
     lines = []
     for name, row in rows.items():
         rates = [f"{1 / row[way]['seconds']:.2f}" if way in row else "-" for way in REAL_WAYS]
-        times = [f"{row[way]['seconds'] / row[OURS]['seconds']:.2f}" if way in row else "-" for way in (PLAIN, TRL)]
+        times = [f"{row[way]['times']:.2f}" if way in row else "-" for way in (PLAIN, TRL)]
         memory = " / ".join(f"{row[way]['step_mib']:.0f}" if way in row else "-" for way in (OURS, PLAIN, TRL))
         lines.append([name, *rates, *times, memory])
     about = sorted({f"Machine: {row['machine']}. Commit: {row['commit']}." for row in rows.values()})

@@ -76,6 +76,24 @@ def test_a_measurement_that_was_stopped_goes_on_with_the_rows_that_are_missing(t
     assert list(json.loads((tmp_path / "bench.json").read_text())["real"]) == [n for n in real.names() if "LoRA" in n]
 
 
+def test_this_project_takes_turns_with_one_other_way_at_a_time_and_ratios_stay_within_a_pair(monkeypatch):
+    """While trl is measured, the machine is twice as slow as before; that changes no ratio."""
+    held = list[list[str]]()
+
+    def hold(commands, repeats, threads, environment):
+        held.append(list(commands))
+        slow = 2.0 if "trl" in commands else 1.0
+        rows = {w: {"seconds": slow * (1 if w == "this project" else 3), "step_mib": 5.0} for w in commands}
+        return {w: row | {"all": [row["seconds"]] * 3} for w, row in rows.items()}
+
+    monkeypatch.setattr(real, "hold", hold)
+    row = real.measure("DPO, LoRA", real.RealConfig())
+    assert held == [["this project", way] for way in ("in bf16", "plain torch", "trl")]
+    assert [row[way].get("times") for way in ("in bf16", "plain torch", "trl", "this project")] == [3, 3, 3, None]
+    assert row["this project"]["seconds"] == 1.0  # the median of all turns
+    assert "trl" not in real.commands("PPO, LoRA")
+
+
 def test_only_one_size_of_the_growth_is_measured_on_request_and_other_points_are_kept(tmp_path, monkeypatch):
     asked, point = list[int](), {way: {"seconds": 1.0, "step_mib": 1.0} for way in scaling.WAYS}
     old = {scaling.key(scaling.point("pairs", 64)): point, scaling.key(scaling.point("width", 128)): point}
@@ -144,7 +162,8 @@ def test_the_page_shows_every_measurement(tmp_path):
     row = {"name": "a step", "ratio": 2.0, "target": 3.0, "gflops": 50.0} | sides
     heads = {"name": "log-probs", "ours": {"seconds": 0.5, "step_mib": 7.0}}
     about = {"machine": "M", "commit": "C", "threads": 2, "repeats": 3, "peak": 100.0}
-    ways = {way: {"seconds": s, "step_mib": 8.0} for way, s in (("this project", 0.5), ("plain torch", 1.25))}
+    ways = {"this project": {"seconds": 0.5, "step_mib": 8.0}}
+    ways["plain torch"] = {"seconds": 1.25, "step_mib": 8.0, "times": 2.5}
     more = {"scaling": {"machine": "S", "commit": "D", "points": {}}, "stages": {"table": "| sft | 5 |"}}
     more["real"] = {"SFT, LoRA": ways | {"machine": "R", "commit": "E"}}
     run.write_page(tmp_path / "page.md", about | {"rows": [row], "heads": [heads]} | more)
