@@ -14,7 +14,7 @@
 #   RMS       the reward models that split the pairs: "rm rm-2 rm-3" trains two more with other seeds
 #   FROM      a finished run, whose stages this run shares until a flag differs
 #   LORA      train only low-rank adapters of this rank (in SFT only if MODEL is a folder)
-#   BF16      1: matrix products in bf16; weights and sums stay in fp32
+#   BF16      1: matrix products in bf16 where the processor has them; weights and sums stay in fp32
 #   KERNELS   reference: plain torch everywhere, in place of the fastest implementation
 #   NPROC     processes of each stage that computes with a model
 #   SHARD     1: split every weight among these processes (FSDP2)

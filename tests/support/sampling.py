@@ -34,6 +34,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("fp32", {}),
     ("fp32", {"whole": False}),
     ("fp32", {"whole": False, "rows": 1}),
+    ("fp32, adapters", {}),
+    ("fp32, adapters", {"whole": False}),
     ("bf16, adapters", {}),
     ("bf16, adapters", {"whole": False}),
 ]
