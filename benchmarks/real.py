@@ -108,7 +108,7 @@ def main(config: RealConfig) -> None:
         print(name, {way: f"{rows[name][way]['seconds']:.2f} s" for way in REAL_WAYS if way in rows[name]}, flush=True)
         write_json(out, everything | {"real": rows})
     write_page(ROOT / config.page, read_json(out))
-    print(f"written: {out}, {config.page}")
+    print(f"written: {out}")
 
 
 if __name__ == "__main__":

@@ -259,7 +259,10 @@ def third_table(profiles: Mapping[str, Row]) -> str:
 
 
 def write_page(path: Path, bench: Mapping[str, Any]) -> None:
-    """Fill the template page.md with the content of bench.json."""
+    """Fill the template page.md with the content of bench.json. Without the rows of `make bench` there is no page."""
+    if "rows" not in bench:
+        print(f"{path}: not written, since `make bench` has not measured its first table yet")
+        return
     scaling, growth = bench.get("scaling"), "Not measured yet: python -m benchmarks.scaling"
     if scaling:
         growth = f"Machine: {scaling['machine']}. Commit: {scaling['commit']}.\n\n![{GROWTH}](figures/scaling.png)"

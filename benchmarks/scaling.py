@@ -99,7 +99,7 @@ def main(config: ScalingConfig) -> None:
         write_json(out, everything | {"scaling": about})
     draw(points, ROOT / config.figure)
     write_page(ROOT / "docs" / "benchmarks.md", read_json(out))
-    print(f"written: {out}, {config.figure}, docs/benchmarks.md")
+    print(f"written: {out}, {config.figure}")
 
 
 if __name__ == "__main__":

@@ -182,6 +182,13 @@ def test_the_page_shows_every_measurement(tmp_path):
     assert "{" not in page
 
 
+def test_without_the_first_table_no_page_is_written_and_nothing_fails(tmp_path, capsys):
+    (tmp_path / "page.md").write_text("as it was")
+    run.write_page(tmp_path / "page.md", {"real": {}})
+    assert (tmp_path / "page.md").read_text() == "as it was"
+    assert "not written" in capsys.readouterr().out
+
+
 def test_the_comparison_of_stages_adds_up_their_seconds(tmp_path):
     for name, seconds in (("before", 10.0), ("now", 4.0)):
         for stage in stages.STAGES:
