@@ -119,6 +119,7 @@ class TokenizerConfig(Common):
     # Data and model
     data: str  # folder of the data stage
     model: str = ""  # a model folder, whose tokenizer is taken as it is, or the name of a preset
+    template: Literal["auto", "none"] = "auto"  # none: write dialogues without the model's chat template
     vocab: Annotated[int, Range(268)] = 4096  # pieces at most, 267 of them fixed; a small corpus yields fewer
 
 
