@@ -5,7 +5,7 @@
 # Variables, set as in `make hh SEED=2`:
 #   TASK      hh or tldr, the paper's two tasks (make hh and make tldr set it)
 #   RUN       the run folder; runs/hh or runs/tldr if not set
-#   DATA      builtin, a folder in the task's official layout, or a file of pairs (.jsonl, .json, .parquet; docs/data.md)
+#   DATA      builtin, a folder in the task's official layout, or a file of pairs (.jsonl, .json, .csv, .parquet; docs/data.md)
 #   TEST_DATA a file of test pairs of your own
 #   MODEL     a preset (tiny, mini, small, base, 1b, 7b) or a folder in the Hugging Face layout
 #   SEED      the seed of every random choice
