@@ -280,7 +280,7 @@ def choose_way(config: Any, c: LlamaConfig, use: Load, parts: int, cpu: bool, ro
         if most := bisect.bisect_right(range(1, use.sampled + 1), room, key=needed):
             passes = -(-use.sampled // most)
             ways.append((passes * (1 if whole else IN_TURN), Way(whole, -(-use.sampled // passes))))
-    return min(ways)[1] if ways else Way(parts == 1, 1)
+    return min(ways, key=lambda priced: priced[0])[1] if ways else Way(parts == 1, 1)
 
 
 def way_within(config: Any, c: LlamaConfig, processes: int, base: float, cpu: bool, capacity: float) -> Way:
