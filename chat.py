@@ -71,11 +71,11 @@ def talk(config: ChatConfig) -> None:
     torch.set_num_threads(threads())
     form = form_of_run(config.data)
     tokenizer, model = shared_tokenizer([("--model", config.model)]), load_model(config.model)
-    room = model.config.longest - config.max_new
+    room = model.config.max_position_embeddings - config.max_new
     if room < 2:
         raise InputError(
             f"--max_new {config.max_new}: leaves no room for a prompt, since {config.model} takes at most "
-            f"{model.config.longest} tokens"
+            f"{model.config.max_position_embeddings} tokens"
         )
     print(f"{config.model}: {GREETINGS[form]}")
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
 
@@ -102,7 +102,7 @@ def linear(x: Tensor, weight: Tensor, impl: str | None = None) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, impl: str | None = None) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight: x (N, D), weight (D,) -> (N, D). Differentiable in both.
+    """x / sqrt(mean(x^2) + eps) * weight: x (..., D), weight (D,) -> (..., D). Differentiable in both.
 
     Source: 1910.07467.
     """
@@ -125,13 +125,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, impl: str | None = None) -> Tens
     return result
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, impl: str | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None = None, impl: str | None = None
+) -> Tensor:
     """Causal attention within packed texts (packing.py), with grouped queries. Source: 2305.13245.
 
     Args:
         q: queries (N, H, d).
         k, v: keys and values (N, H_kv, d); each of their heads serves H / H_kv heads of queries.
         packing: how the N tokens make up texts.
+        window: how many tokens a token attends to, itself and those before it; None for all. A window that hides
+            anything is computed by the definition, whatever `impl` is.
 
     Returns:
         (N, H, d), differentiable in q, k and v.
@@ -139,6 +143,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, impl: str | Non
     Raises:
         ValueError: the packing has another number of tokens than q. Only the compiled kernel checks this.
     """
+    if (hiding := packing.hiding(window)) is not None:
+        return reference.attention(q, k, v, packing, _bf16, hiding)
     result: Tensor = _implementation(impl, "attention", q, k).attention(q, k, v, packing, _bf16)
     return result
 
@@ -163,15 +169,14 @@ def kv_cache(
 
 
 def decoder(
-    layers: Iterable[LayerWeights], norm: Tensor, eps: float, cache: reference.KVCache
+    layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: reference.KVCache
 ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """A function that takes one more token of each text through all layers of a Llama. No gradients.
+    """A function that takes one more token of each text through all layers of a Llama, Qwen2 or Qwen3. No gradients.
 
     The weights must not change as long as the function is used, since it may hold copies of them.
 
     Args:
-        layers: the weights of each layer. The definition goes through them anew in each step; a compiled kernel needs
-            a sequence.
+        layers: the weights of each layer.
         norm: the weight of the last RMSNorm (D,).
         eps: of every RMSNorm.
         cache: made by `kv_cache`, and already filled with the beginnings of B texts. It decides the implementation.

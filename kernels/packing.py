@@ -51,7 +51,7 @@ class Packing:
                     "its root"
                 )
         self.device = device or torch.device("cpu")
-        self._masks = dict[torch.dtype, Tensor]()
+        self._masks = dict[tuple[torch.dtype, int | None], Tensor]()
         self.lengths = torch.tensor(list(lengths), dtype=torch.long)  # (S,)
         self.parents = torch.tensor(list(parents), dtype=torch.long)  # (S,)
 
@@ -77,15 +77,34 @@ class Packing:
         positions = torch.arange(int(self.lengths.sum())) - text_starts.repeat_interleave(self.lengths)
         return positions.to(self.device)
 
-    def mask(self, dtype: torch.dtype) -> Tensor:
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest text: a segment with its parent."""
+        return int((self.parent_lengths + self.lengths).max())
+
+    def hiding(self, window: int | None) -> int | None:
+        """The window if it hides any token of these texts, else None."""
+        return window if window is not None and window < self.longest else None
+
+    def mask(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
         """(S, 1, T, P + T): what is added to attention scores: 0 where `padded` is visible, else -inf.
 
-        Made once for each dtype, since every layer keeps it for its backward pass.
+        With a window, a token attends to itself and the window - 1 tokens before it. Made once for each dtype and
+        window, since every layer keeps it for its backward pass.
         """
-        if dtype not in self._masks:
+        if (dtype, window) not in self._masks:
             zero, never = (torch.tensor(x, dtype=dtype).to(self.device) for x in (0.0, -math.inf))
-            self._masks[dtype] = torch.where(self.padded.visible[:, None], zero, never)
-        return self._masks[dtype]
+            visible = self.padded.visible if window is None else self.padded.visible & self._within(window)
+            self._masks[dtype, window] = torch.where(visible[:, None], zero, never)
+        return self._masks[dtype, window]
+
+    def _within(self, window: int) -> Tensor:
+        """(S, T, P + T): True where a key is fewer than `window` tokens before the query."""
+        T, P = self.padded.own_index.shape[1], self.padded.parent_index.shape[1]
+        queries = torch.arange(T, device=self.device)[None, :, None]  # positions in the segment
+        keys = torch.arange(T, device=self.device)[None, None].expand(len(self.lengths), 1, T)
+        of_parent = torch.arange(P, device=self.device) - self.parent_lengths.to(self.device)[:, None, None]  # negative
+        return queries - torch.cat((of_parent, keys), -1) < window
 
     @cached_property
     def padded(self) -> Padded:

@@ -5,7 +5,7 @@ At the head, logits, softmax and sums are fp32 or wider, whatever the dtype of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -46,14 +46,15 @@ def _by_segment(x: Tensor, index: Tensor, heads: int) -> Tensor:
     return gathered.repeat_interleave(heads // gathered.shape[1], 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bf16: bool) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, bf16: bool, window: int | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over the keys that each token sees. With `bf16`, q and k are rounded to bf16 first."""
     if bf16:
         q, k = q.bfloat16().to(q.dtype), k.bfloat16().to(k.dtype)
     H, at = q.shape[1], packing.padded
     visible = torch.cat((at.parent_index, at.own_index), 1)  # (S, P + T)
     keys, values = (_by_segment(x, visible, H) for x in (k, v))  # (S, H, P + T, d)
-    out = F.scaled_dot_product_attention(_by_segment(q, at.own_index, H), keys, values, attn_mask=packing.mask(q.dtype))
+    mask = packing.mask(q.dtype, window)
+    out = F.scaled_dot_product_attention(_by_segment(q, at.own_index, H), keys, values, attn_mask=mask)
     return out.transpose(1, 2)[at.token_mask]  # (N, H, d)
 
 
@@ -69,6 +70,11 @@ class LayerWeights(NamedTuple):
     gate: Tensor  # (F, D)
     up: Tensor  # (F, D)
     down: Tensor  # (D, F)
+    q_bias: Tensor | None = None  # (H d,)
+    k_bias: Tensor | None = None  # (H_kv d,)
+    v_bias: Tensor | None = None  # (H_kv d,)
+    q_norm: Tensor | None = None  # (d,): an RMSNorm of each head, before it is rotated
+    k_norm: Tensor | None = None  # (d,)
 
 
 class KVCache:
@@ -86,6 +92,7 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,): tokens stored so far
         self.longest = 0  # no row has more tokens; kept as an int, since reading `lengths` would wait for the device
         self.filled = 0  # rows whose texts have begun
+        self.room = length  # the most tokens of a text
 
     def fill(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> None:
         """Store the beginnings of the next S texts, which are the roots of `packing`: keys and values (N, H_kv, d)."""
@@ -100,15 +107,21 @@ class KVCache:
         self.longest = max(self.longest, int(lengths.max()))
         self.filled += len(lengths)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store one more token of each text, k and v (B, H_kv, d), and attend from it: q (B, H, d) -> (B, H, d)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        """Store one more token of each text, k and v (B, H_kv, d), and attend from it: q (B, H, d) -> (B, H, d).
+
+        With a window, it attends to itself and the window - 1 tokens before it.
+        """
         rows, H = torch.arange(len(q), device=q.device), q.shape[1]
         self.store[layer, 0, rows, self.lengths], self.store[layer, 1, rows, self.lengths] = (
             k.to(self.store.dtype),
             v.to(self.store.dtype),
         )
         longest = self.longest + 1
-        visible = torch.arange(longest, device=q.device) <= self.lengths[:, None]  # (B, T)
+        at = torch.arange(longest, device=q.device)
+        visible = at <= self.lengths[:, None]  # (B, T)
+        if window is not None:
+            visible &= at > self.lengths[:, None] - window
         keys, values = (
             self.store[layer, :, :, :longest].to(q.dtype).transpose(2, 3).repeat_interleave(H // k.shape[1], 2)
         )
@@ -131,14 +144,15 @@ class KVCache:
         self.lengths = self.lengths[rows]
 
     def decoder(
-        self, layers: Iterable[LayerWeights], norm: Tensor, eps: float, bf16: bool
+        self, layers: Sequence[LayerWeights], norm: Tensor, eps: float, bf16: bool
     ) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """A function of embeddings (B, D), cos and sin (B, d/2) -> hidden states (B, D), for one token of each text."""
 
         def step(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             for i, w in enumerate(layers):
                 h = rms_norm(x, w.attention_norm, eps)
-                q, k, v = (linear(h, p, bf16).view(len(x), -1, 2 * cos.shape[1]) for p in (w.q, w.k, w.v))  # (B, H, d)
+                projections = ((w.q, w.q_bias, w.q_norm), (w.k, w.k_bias, w.k_norm), (w.v, w.v_bias, None))
+                q, k, v = (_heads(linear(h, p, bf16), b, n, eps, 2 * cos.shape[1]) for p, b, n in projections)
                 attended = self.attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v)
                 x = x + linear(attended.flatten(1), w.o, bf16)
                 h = rms_norm(x, w.mlp_norm, eps)
@@ -147,6 +161,12 @@ class KVCache:
             return rms_norm(x, norm, eps)
 
         return step
+
+
+def _heads(x: Tensor, bias: Tensor | None, weight: Tensor | None, eps: float, d: int) -> Tensor:
+    """A projection (B, H d), with its bias if it has one, as heads (B, H, d), normed if there is a norm."""
+    heads = (x if bias is None else x + bias).view(len(x), -1, d)
+    return heads if weight is None else rms_norm(heads, weight, eps)
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -58,7 +58,7 @@ commands = $(MAKE) --dry-run --always-make --no-print-directory python=stage: la
 # make check-mpo: check the flags of everything that mpo needs, also against the flags of finished stages. The commands
 # that passed are kept in .made-from/.checked. They are not checked again until mpo/config.py or a file in .made-from/
 # changes, as it does when a stage begins.
-check-%: .venv/.ready
+check-%: .venv/.ready $(call reader,$(MODEL))
 	@checked=$(RUN)/.made-from/.checked; \
 	for file in mpo/config.py $(RUN)/.made-from/*; do [ $$checked -nt $$file ] || checked=/dev/null; done; \
 	all=$$($(call commands,$*) 2>&1) || { printf '%s\n' "$$all" | tail -n 1 >&2; exit 2; }; \

@@ -56,20 +56,22 @@ export GOMP_SPINCOUNT ?= 100000
 # Older versions of glibc lose memory between tensors with a cache that this switches off (mpo/runtime/allocator.py).
 export GLIBC_TUNABLES ?= glibc.malloc.tcache_count=0
 
+space := $(subst x,,x x)
+
 # $(call preset,STAGE): the flags that make/tasks.mk has for this stage
-presets := $(TASK)$(if $(subst builtin,,$(DATA)),_files) $(if $(QUICK),quick)
+from_scratch := $(filter tiny mini small base 1b 7b,$(subst $(space),/,$(MODEL)))
+presets := $(if $(from_scratch),scratch) $(TASK)$(if $(subst builtin,,$(DATA)),_files) $(if $(QUICK),quick)
 preset   = $(foreach name,$(presets),$($(name)_$(1)))
 
 # SFT of a preset trains all weights even with LORA: an untrained model has nothing that adapters could adapt.
 precision := $(if $(BF16),--precision bf16-mixed)
 lora      := $(if $(LORA),--lora_rank $(LORA))
-sft_lora   = $(if $(filter tiny mini small base 1b 7b,$(subst $(space),/,$(MODEL))),,$(lora))
+sft_lora  := $(if $(from_scratch),,$(lora))
 
 test_data = $(if $(TEST_DATA),$(call as_word,$(TEST_DATA)))
 
 # $(call by_comma,a b c): a,b,c
 by_comma = $(subst $(space),$(comma),$(strip $(1)))
-space   := $(subst x,,x x)
 
 policies := $(call by_comma,$(foreach policy,$(POLICIES),$(policy)=$(RUN)/$(policy)))
 ensemble := $(if $(filter-out rm,$(RMS)),--rm $(call by_comma,$(RMS:%=$(RUN)/%)))
@@ -84,6 +86,11 @@ stage       = $(strip $(python) $(1) --out $(@D) $(if $(REDO),--overwrite true) 
 model_stage = $(call stage,$(launch) $(1),$(place) $(2))
 launch      = $(if $(filter-out 1,$(NPROC)),-m mpo.runtime.launch $(NPROC))
 place       = $(if $(SHARD),--shard true) $(if $(DEVICE),--device $(DEVICE))
+
+# $(call reader,folder): the package that reads the folder's tokenizer.json, where there is no tokenizer.model, or only one
+# of tiktoken, which does not begin with a line feed as sentencepiece's do.
+reader = $(shell cd -- $(call quote,$(1)) 2>/dev/null && [ -f tokenizer.json ] && \
+         { [ ! -f tokenizer.model ] || [ -n "$$(head -c 1 tokenizer.model)" ]; } && echo .venv/.tokenizers)
 
 # What a stage is made from: its flags, the manifests of the stages before it, and the sizes and times of DATA, TEST_DATA
 # or MODEL. This file changes only when one of them does. Then the stage's script runs. It compares its flags and the

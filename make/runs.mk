@@ -30,7 +30,7 @@ share = mkdir -p $(RUN)/.made-from; for manifest in $(FROM)/*/manifest.json; do 
 
 chat_takes := TASK RUN STAGE
 STAGE      ?= mpo
-chat: .venv/.ready
+chat: .venv/.ready $(call reader,$(RUN)/$(STAGE))
 	@$(PY) chat.py --model $(RUN)/$(STAGE) $(addprefix --data ,$(patsubst %/manifest.json,%,$(wildcard $(RUN)/data/manifest.json)))
 
 report: .venv/.runtime

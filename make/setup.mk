@@ -32,6 +32,16 @@ locked = $(PY) requirements/pick.py $(1) > .venv/$(1).txt && $(PIP) install --qu
 	$(call locked,figures)
 	@touch $@
 
+# What reads tokenizer.json, for a model without a tokenizer.model (make/flags.mk). A package that is there already is left as it is. Offline,
+# the last line says what to run where there is a network.
+.venv/.tokenizers: .venv/.ready
+	@$(PY) -c 'import tokenizers' 2>/dev/null || { \
+	    echo 'Installing the tokenizers package into .venv, which reads tokenizer.json.'; \
+	    $(call locked,tokenizers) >.venv/tokenizers.log 2>&1 || { \
+	    echo "tokenizers: could not be installed (see .venv/tokenizers.log); once there is a network, run:" \
+	        "make .venv/.tokenizers" >&2; exit 2; }; }
+	@touch $@
+
 .venv/.dev: .venv/.ready
 	$(call locked,dev)
 	@touch $@

@@ -78,7 +78,7 @@ class Training(Limits):
     # Optimisation
     lr: Positive = 1e-3  # peak learning rate
     warmup: Share = 0.05  # share of the steps in which the learning rate rises
-    final_lr: Share = 0.1  # learning rate of the last step as a share of the peak (cosine)
+    final_lr: Share = 0.0  # learning rate at the end as a share of the peak, towards which it falls along a line
     weight_decay: NonNegative = 0.0  # of matrices only
     grad_clip: NonNegative = 1.0  # a gradient of a larger norm is scaled down to it; 0: never
     optimiser: Literal["adamw", "muon", "adafactor"] = "adamw"  # muon: fewer steps from scratch; adafactor: less memory

@@ -272,6 +272,51 @@ def test_a_stage_prints_the_command_it_runs_and_is_not_run_again(tmp_path):
     assert again.stdout.strip() == f"{tmp_path}/data: is finished, with these flags and inputs"
 
 
+@pytest.mark.parametrize(
+    ("files", "needed"),
+    [
+        ({"tokenizer.json": b"{}"}, True),
+        ({"tokenizer.json": b"{}", "tokenizer.model": b"\n\x0e\n\x05"}, False),  # sentencepiece reads the latter
+        ({"tokenizer.json": b"{}", "tokenizer.model": b"IQ== 0\n"}, True),  # tiktoken's, which is not read
+        ({"tokenizer.model": b"\n\x0e\n\x05"}, False),
+    ],
+)
+@pytest.mark.parametrize("goal", ["hh", "chat"])
+def test_a_model_with_tokenizer_json_alone_needs_the_package_that_reads_it(tmp_path, files, needed, goal):
+    folder = tmp_path / ("a model" if goal == "hh" else "mpo")
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    words = [f"MODEL={folder}", f"RUN={tmp_path}/run"] if goal == "hh" else [f"RUN={tmp_path}"]
+    done = make("-n", "-W", "pyproject.toml", goal, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("Installing the tokenizers package into .venv" in done.stdout) == needed
+
+
+@pytest.mark.parametrize(("there", "pip"), [(True, "false"), (False, "true"), (False, "false")])
+def test_the_package_is_installed_once_and_offline_one_line_says_what_to_run(tmp_path, there, pip):
+    """With a python that has the package or not, and a pip that works or not."""
+    for name in ("Makefile", "make", "requirements", "pyproject.toml", "kernels"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    script = f'case "$2" in "import tokenizers") exit {int(not there)};; esac\nexec {sys.executable} "$@"\n'
+    python.write_text(f"#!/bin/sh\n{script}")
+    python.chmod(0o755)
+    (tmp_path / ".venv" / ".ready").touch()
+    done = make("-o", ".venv/.ready", ".venv/.tokenizers", f"PIP={pip}", cwd=tmp_path)
+    say = "Installing the tokenizers package into .venv, which reads tokenizer.json.\n"
+    assert done.stdout == ("" if there else say)
+    assert done.returncode == (2 if pip == "false" and not there else 0)
+    assert (tmp_path / ".venv" / ".tokenizers").exists() == (done.returncode == 0)
+    if done.returncode:
+        first, *_ = done.stderr.splitlines()
+        assert first == (
+            "tokenizers: could not be installed (see .venv/tokenizers.log); once there is a network, run: "
+            "make .venv/.tokenizers"
+        )
+
+
 def test_the_commands_on_the_page_are_those_of_make_hh():
     page = [line for line in PAGE.splitlines() if line.startswith("python ")]
     assert len(page) == 8

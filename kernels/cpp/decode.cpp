@@ -24,6 +24,7 @@ void fill(const Cache<X>& cache, const float* k, const float* v, const int64_t* 
 
 struct Layer {  // the weights of products are packed; in the order of LayerWeights (../reference.py), then the cache
     const float *attention_norm, *q, *k, *v, *o, *mlp_norm, *gate, *up, *down;
+    const float *q_bias, *k_bias, *v_bias, *q_norm, *k_norm;  // null where there is none
     void *keys, *values;
 };
 
@@ -87,6 +88,14 @@ struct Step {
         }
     }
 
+    // Add a bias to one head, and norm it, if the layer does so; in place.
+    void finish_head(const float* bias, const float* weight, float* x) const {
+        for (int64_t i = 0; bias && i < d; i++) x[i] += bias[i];
+        if (!weight) return;
+        const float inverse = 1 / std::sqrt(dot(x, x, d) / d + eps);
+        for (int64_t i = 0; i < d; i++) x[i] *= inverse * weight[i];
+    }
+
     // Rotate one head by the angles of row b, in place.
     void rotate_head(int64_t b, float* x) const {
         for (int64_t i = 0; i < d / 2; i++) {
@@ -101,9 +110,12 @@ struct Step {
         const Cache<X> cache{static_cast<X*>(layer.keys), static_cast<X*>(layer.values), KV, room, d};
         float* row = qkv.get() + b * (H + 2 * KV) * d;
         float *k = row + (H + head) * d, *v = k + KV * d;
+        finish_head(layer.k_bias ? layer.k_bias + head * d : nullptr, layer.k_norm, k);
+        finish_head(layer.v_bias ? layer.v_bias + head * d : nullptr, nullptr, v);
         rotate_head(b, k);
         cache.put(slots[b], head, lengths[b], k, v);
         for (int64_t h = head * (H / KV); h < (head + 1) * (H / KV); h++) {
+            finish_head(layer.q_bias ? layer.q_bias + h * d : nullptr, layer.q_norm, row + h * d);
             rotate_head(b, row + h * d);
             one_query(row + h * d, cache.keys_of(slots[b], head), cache.values_of(slots[b], head), lengths[b] + 1, d,
                       scores, attended.get() + (b * H + h) * d);

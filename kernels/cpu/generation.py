@@ -11,7 +11,7 @@ from ..packing import Packing
 from ..reference import LayerWeights
 from .binding import call, packed
 
-POINTERS = 11  # of a layer, as decode.cpp reads them: LayerWeights, keys, values
+POINTERS = 16  # of a layer, as decode.cpp reads them: LayerWeights, keys, values; 0 for a bias or norm that is None
 BLOCK = 16  # the cache has room for a multiple of so many tokens a row; the length of a vector must divide it
 
 
@@ -25,7 +25,7 @@ class KVCache:
         self.keys, self.values = torch.zeros(2, layers, rows, heads, self.length, dim, dtype=dtype, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
         self.slots = torch.arange(rows)  # (B,): the slot of each row in keys and values
-        self.filled = 0
+        self.filled, self.room = 0, length
 
     def fill(self, layer: int, k: Tensor, v: Tensor, packing: Packing) -> None:
         """See reference.py."""
@@ -63,7 +63,7 @@ class Decoder:
 
     def __init__(self, layers: Sequence[LayerWeights], norm: Tensor, eps: float, cache: KVCache, bf16: bool):
         self.norm, self.eps, self.cache, self.bf16 = norm.contiguous(), eps, cache, bf16
-        self.weights = [[x.contiguous() if x.dim() == 1 else packed(x, bf16) for x in w] for w in layers]
+        self.weights = [[_as_read(x, bf16) for x in w] for w in layers]
         F, D = layers[0].gate.shape
         self.sizes = D, len(layers[0].q) // cache.dim, cache.heads, cache.dim, F
 
@@ -73,10 +73,19 @@ class Decoder:
         x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
         # The addresses are looked up in each step, since `take` may have moved the cache.
         layers = zip(self.weights, cache.keys, cache.values, strict=True)
-        pointers = torch.tensor([[t.data_ptr() for t in (*weights, keys, values)] for weights, keys, values in layers])
+        pointers = torch.tensor(
+            [[0 if t is None else t.data_ptr() for t in (*weights, keys, values)] for weights, keys, values in layers]
+        )
         sizes = len(x), *self.sizes, self.eps, cache.length, int(cache.keys.dtype == torch.bfloat16), int(self.bf16)
         state = cos, sin, cache.slots, cache.lengths
         assert pointers.shape[1] == POINTERS
         call("decode", x, pointers, len(pointers), self.norm, *state, *sizes, torch.get_num_threads(), out)
         cache.advance()
         return out
+
+
+def _as_read(weight: Tensor | None, bf16: bool) -> Tensor | None:
+    """A weight in the order in which decode.cpp reads it: vectors as they are, matrices packed."""
+    if weight is None:
+        return None
+    return weight.contiguous() if weight.dim() == 1 else packed(weight, bf16)

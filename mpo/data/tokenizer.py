@@ -1,7 +1,8 @@
 """Turn prompts and responses into token ids, and train a sentencepiece tokenizer.
 
-Special tokens are added here and nowhere else: BOS once, before a prompt, and EOS after a complete response. Prompt and
-response are tokenised separately and their ids joined. So the boundary is the same in training, sampling and scoring.
+Special tokens are added here and nowhere else: BOS once, before a prompt, if the model's texts begin with one, and EOS
+after a complete response. Prompt and response are tokenised separately and their ids joined. So the boundary is the
+same in training, sampling and scoring.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ class Tokenizer:
         self.size, self.bos, self.eos, self.pad = vocabulary.size, vocabulary.bos, vocabulary.eos, vocabulary.pad
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """BOS, then the ids of the prompt."""
-        return [self.bos, *self.vocabulary.encode(prompt)]
+        """The ids of the prompt, after BOS if the model's texts begin with it. Never empty."""
+        ids = self.vocabulary.encode(prompt)
+        return ids if ids and not self.vocabulary.begins else [self.bos, *ids]
 
     def response_ids(self, response: str) -> list[int]:
         """The ids of a complete response, then EOS."""

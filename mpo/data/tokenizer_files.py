@@ -86,6 +86,22 @@ class TokenizerFiles:
                 )
         return texts
 
+    def begins_with_bos(self, otherwise: bool) -> bool:
+        """Whether these files say that BOS begins every text; `otherwise` if they do not say.
+
+        tokenizer.json says so in its post-processor. add_bos_token in tokenizer_config.json counts only without one,
+        as in transformers.
+        """
+        processor = self.read(JSON).get("post_processor")
+        if isinstance(processor, dict):
+            parts = processor.get("processors", [processor])
+            singles = [part.get("single") for part in map(_objects, parts if isinstance(parts, list) else ())]
+            first = next((single[0] for single in singles if isinstance(single, list) and single), None)
+            token = _objects(_objects(first).get("SpecialToken")).get("id")
+            return token is not None and token == (self.special("bos") or token)
+        given = self.read(CONFIG).get("add_bos_token")
+        return given if isinstance(given, bool) and MODEL in self.content else otherwise
+
     def _of_json(self) -> list[Any]:
         tokens = self.read(JSON).get("added_tokens")
         return tokens if isinstance(tokens, list) else []

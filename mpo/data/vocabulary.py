@@ -26,11 +26,12 @@ class Vocabulary(Protocol):
     bos: int  # the id of EOS if there is no BOS
     eos: int
     pad: int | None  # never the id of EOS; None if there is no pad token
+    begins: bool  # whether BOS begins every text, as for Llama and Gemma; not so for Qwen
     files: dict[str, bytes]  # the content of its files, by name, as they are written
 
     @property
     def identity(self) -> str:
-        """A hash of all that turns text into ids: pieces, merges, added tokens, BOS and EOS, but not chat templates."""
+        """A hash of all that turns text into ids: pieces, merges, added tokens, BOS and EOS, but no chat template."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. They never include a special token, whatever the text contains."""
@@ -60,6 +61,7 @@ class Sentencepiece:
         own = {kind: getattr(self.sp, f"{kind}_id")() for kind in KINDS}
         known = special_ids(files, self._id, {kind: id for kind, id in own.items() if id >= 0}, self.size)
         self.bos, self.eos, self.pad = _rules(files, known)
+        self.begins = known["bos"] is not None and files.begins_with_bos(True)
         self._close(model, {*map(self._id, files.special_texts()), *known.values()})
         pad = known["pad"] if CONFIG in files.content else self.pad
         self.files = _with_names(files, known | {"pad": pad}, self.piece, self._new_config())
@@ -84,7 +86,7 @@ class Sentencepiece:
     @property
     def identity(self) -> str:
         """See Vocabulary."""
-        return _hash(self.files[MODEL], json.dumps([sorted(self.added.items()), self.bos, self.eos]))
+        return _hash(self.files[MODEL], json.dumps([sorted(self.added.items()), self.begins, self.bos, self.eos]))
 
     def encode(self, text: str) -> list[int]:
         """See Vocabulary."""
@@ -130,6 +132,7 @@ class TokenizerJson:
         self.size: int = max(self.tokenizer.get_vocab().values(), default=-1) + 1
         known = special_ids(files, self.tokenizer.token_to_id, {}, self.size)
         self.bos, self.eos, self.pad = _rules(files, known)
+        self.begins = known["bos"] is not None and files.begins_with_bos(False)
         # Text that looks like a special token stays text.
         specials = {self.piece(id) for id in known.values() if id is not None}
         self.tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in sorted(specials)])
@@ -142,7 +145,7 @@ class TokenizerJson:
         # Spelled in one way, whichever version of the package wrote the file.
         whole = json.loads(type(self.tokenizer).from_str(self.text).to_str())
         encoder = {name: whole[name] for name in ("normalizer", "pre_tokenizer", "model", "added_tokens")}
-        return _hash(json.dumps([encoder, self.bos, self.eos], sort_keys=True))
+        return _hash(json.dumps([encoder, self.begins, self.bos, self.eos], sort_keys=True))
 
     def encode(self, text: str) -> list[int]:
         """See Vocabulary."""
@@ -184,7 +187,8 @@ def special_ids(
     """The ids of BOS, EOS, pad and unknown, each None if there is none.
 
     They are looked up first in the tokenizer's files, then in the vocabulary itself (`own`), and then, for BOS and
-    EOS, in config.json. Raises InputError for a BOS or EOS that the vocabulary does not have.
+    EOS, in config.json. A bos_token of null in tokenizer_config.json means that there is no BOS, whatever config.json
+    says, as for Qwen2. Raises InputError for a BOS or EOS that the vocabulary does not have.
     """
     known = dict[str, int | None]()
     for kind in KINDS:
@@ -192,7 +196,8 @@ def special_ids(
         named = id_of(text) if text else None
         if text and named is None and ends:
             raise InputError(f"{files.where}: its files call {text!r:.80} {kind}_token, which the vocabulary lacks")
-        sources = named, own.get(kind), files.config_id(kind, size) if ends else None
+        denied = kind == "bos" and files.read(CONFIG).get("bos_token", "") is None
+        sources = named, own.get(kind), files.config_id(kind, size) if ends and not denied else None
         known[kind] = next((id for id in sources if id is not None), None)
     return known
 

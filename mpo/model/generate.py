@@ -95,7 +95,8 @@ def _prefill(model: Llama, prompts: Sequence[tuple[int, ...]], cache: KVCache) -
     """Put S prompts into the cache; returns the hidden state of each prompt's last token, (S, D)."""
     packing = Packing([len(p) for p in prompts], device=device.current())
     ids = torch.tensor([token for p in prompts for token in p]).to(device.current())
-    return model(ids, packing, cache).index_select(0, packing.last.to(device.current()))
+    hidden: Tensor = model(ids, packing, cache, packing.last.to(device.current()))
+    return hidden
 
 
 def _begin(model: Llama, prompts: Sequence[list[int]], sampling: Sampling) -> tuple[KVCache, Tensor]:

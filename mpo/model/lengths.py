@@ -24,13 +24,12 @@ def check_lengths(
     """
     prompt, rest = max(sequences, key=sum, default=(0, 0))
     for flag, folder in folders:
-        config = config_from_json(Path(folder) / "config.json")
-        if prompt + rest > config.longest:
-            why = "max_position_embeddings" if config.longest == config.max_position_embeddings else "sliding_window"
+        most = config_from_json(Path(folder) / "config.json").max_position_embeddings
+        if prompt + rest > most:
             raise InputError(
-                f"{flag} {folder}: takes at most {config.longest} tokens ({why} in config.json), but the longest "
-                f"sequence has {prompt + rest}, {prompt} of the prompt and {rest} of the response; lower --max_prompt "
-                f"or {response} until they add up to {config.longest}"
+                f"{flag} {folder}: takes at most {most} tokens (max_position_embeddings in config.json), but the "
+                f"longest sequence has {prompt + rest}, {prompt} of the prompt and {rest} of the response; lower "
+                f"--max_prompt or {response} until they add up to {most}"
             )
 
 

@@ -36,8 +36,8 @@ class Comparison(NamedTuple):
 
 def response_hidden(model: Llama | BaseModel, batch: Batch) -> Tensor:
     """The hidden states that predict the M response tokens: (M, D)."""
-    hidden: Tensor = model(batch.ids, batch.packing)  # (N, D)
-    return hidden.index_select(0, batch.predictors)
+    hidden: Tensor = model(batch.ids, batch.packing, wanted=batch.predictors)
+    return hidden
 
 
 def _targets(batch: Batch) -> Tensor:

@@ -22,7 +22,7 @@ from mpo.runtime.seeding import generator
 
 if TYPE_CHECKING:
     from mpo.config import Training
-    from mpo.kernels.packing import Packing
+    from mpo.kernels.functions import KVCache, Packing
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -118,10 +118,12 @@ class BaseModel(nn.Module):
         """The head. It has no adapter."""
         return self.adapted[0].lm_head
 
-    def forward(self, ids: Tensor, packing: Packing) -> Tensor:
+    def forward(
+        self, ids: Tensor, packing: Packing, cache: KVCache | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
         """See Llama.forward."""
         with switched_off(self.adapted[0]):
-            hidden: Tensor = self.adapted[0](ids, packing)
+            hidden: Tensor = self.adapted[0](ids, packing, cache, wanted)
             return hidden
 
 

@@ -18,8 +18,8 @@ T = TypeVar("T")
 
 def score(rm: ScalarModel, batch: Batch) -> Tensor:
     """(B,): the reward of each sequence, read at its last token, which is EOS if the response is complete."""
-    values: Tensor = rm(batch.ids, batch.packing)  # (N,)
-    return values[batch.last]
+    values: Tensor = rm(batch.ids, batch.packing, wanted=batch.last)
+    return values
 
 
 def score_pairs(rm: ScalarModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def state_values(critic: ScalarModel | ValueHead, batch: Batch, hidden: Tensor) 
     """
     if isinstance(critic, ValueHead):
         return batch.unpack(critic(hidden))
-    return batch.unpack(critic(batch.ids, batch.packing)[batch.predictors])
+    return batch.unpack(critic(batch.ids, batch.packing, wanted=batch.predictors))
 
 
 @torch.no_grad()

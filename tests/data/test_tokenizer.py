@@ -15,7 +15,7 @@ from mpo.data.tokenizer_files import TokenizerFiles
 from mpo.data.vocabulary import Sentencepiece
 from mpo.runtime.errors import InputError
 from tests.conftest import STORIES, needs_stories
-from tests.support.layouts import decoder_of, sentencepiece_model
+from tests.support.layouts import beginning_with, decoder_of, sentencepiece_model
 
 
 def test_specials_are_four_different_ids(tokenizer):
@@ -103,6 +103,8 @@ def byte_level(folder, **config):
         vocab_size=400, special_tokens=["<|begin|>", "<|end|>", "<|pad|>"], initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator(["What is the capital of Peru? It is Lima."] * 3, trainer)
+    if config.get("bos_token") == "<|begin|>":
+        tokenizer.post_processor = beginning_with("<|begin|>", 0)
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -43,6 +43,30 @@ def test_attention_matches_its_definition(packing, heads):
     compare(kernels.attention, q, k, v, rest=(packing,))
 
 
+@pytest.mark.parametrize("window", [1, 4, 29, 1000])
+@pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
+def test_a_window_hides_all_but_the_last_tokens_of_a_text(packing, window):
+    """Each text by itself, by a softmax over exactly those keys that are within the window."""
+    N = int(packing.lengths.sum())
+    g = torch.Generator().manual_seed(N)
+    q, k, v = (torch.randn(N, 2, 6, generator=g, dtype=torch.float64) for _ in range(3))
+    out = kernels.attention(q.float(), k.float(), v.float(), packing, window=window)
+    for segment, (start, length) in enumerate(zip(packing.starts.tolist(), packing.lengths.tolist(), strict=True)):
+        parent = int(packing.parents[segment])
+        first = int(packing.starts[parent]) if parent >= 0 else start
+        before = list(range(first, first + int(packing.parent_lengths[segment])))
+        for i in range(start, start + length, 7):
+            seen = (before + list(range(start, i + 1)))[-window:]
+            weights = (torch.einsum("hd,nhd->hn", q[i], k[seen]) / 6**0.5).softmax(-1)
+            expected = torch.einsum("hn,nhd->hd", weights, v[seen])
+            torch.testing.assert_close(out[i].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_a_window_that_hides_nothing_costs_nothing():
+    packing = Packing([5, 9, 20], [-1, 0, 0])  # texts of up to 25 tokens
+    assert (packing.hiding(24), packing.hiding(25), packing.hiding(None)) == (24, None, None)
+
+
 def test_attention_with_extreme_scores_matches_its_definition():
     packing, big = Packing([3, 2, 4], [-1, 0, 0]), 1e4
     q, k, v = (torch.randn(9, 2, 8, generator=torch.Generator().manual_seed(0)) for _ in range(3))
@@ -88,8 +112,9 @@ def test_rotate_matches_its_definition(shape):
 
 @torch.no_grad()
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("more", ["", "biases", "norms", "biases and norms"])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_the_decoder_matches_its_definition_while_texts_end_and_are_copied(heads, bf16):
+def test_the_decoder_matches_its_definition_while_texts_end_and_are_copied(heads, more, bf16):
     """Two layers, and a cache that is filled in two parts. The compiled decoder is compared with float64."""
     H, KV, d = heads
     D, F, g = 37, 70, torch.Generator().manual_seed(0)
@@ -98,7 +123,15 @@ def test_the_decoder_matches_its_definition_while_texts_end_and_are_copied(heads
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
     shapes = ((D,), (H * d, D), (KV * d, D), (KV * d, D), (D, H * d), (D,), (F, D), (F, D), (D, F))
-    layers = [LayerWeights(*(random(*s) / s[-1] ** 0.5 + (len(s) == 1) for s in shapes)) for _ in range(2)]
+    vectors = {"biases": {"q_bias": H * d, "k_bias": KV * d, "v_bias": KV * d}, "norms": {"q_norm": d, "k_norm": d}}
+    optional = {name: size for kind, sizes in vectors.items() if kind in more for name, size in sizes.items()}
+    layers = [
+        LayerWeights(
+            *(random(*s) / s[-1] ** 0.5 + (len(s) == 1) for s in shapes),
+            **{name: random(size) + 0.5 for name, size in optional.items()},
+        )
+        for _ in range(2)
+    ]
     starts, rest, first = Packing([5, 1]), Packing([30]), random(2, 36, KV, d)
     caches, steps = {}, {}
     kernels.use_bf16(bf16)
@@ -109,7 +142,7 @@ def test_the_decoder_matches_its_definition_while_texts_end_and_are_copied(heads
                 for layer in range(2):
                     cache.fill(layer, *(layer + first[:, tokens]).to(kind), part)
                 cache.begin(part.lengths)
-            weights = [LayerWeights(*(x.to(kind) for x in w)) for w in layers]
+            weights = [LayerWeights(*(None if x is None else x.to(kind) for x in w)) for w in layers]
             steps[impl] = kernels.decoder(weights, layers[0].mlp_norm.to(kind), 1e-5, cache)
     finally:
         kernels.use_bf16(False)

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 
 from mpo.kernels.functions import Packing
 from mpo.model.checkpoint import load_as_scalar, load_model, load_scalar, save_model
-from mpo.model.hf_config import config_from_json
 from mpo.model.llama import scalar_from
 from mpo.runtime.errors import InputError
 from mpo.runtime.seeding import generator
@@ -62,9 +61,13 @@ def test_a_model_without_bos_is_saved_without_bos(tmp_path):
         ({"bos_token_id": -1}, "bos_token_id must be a whole number from 0 on"),
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ({"eos_token_id": [2, -1]}, "eos_token_id must be a whole number from 0 on, found -1"),
-        ({"model_type": ["llama"]}, "is not supported; llama and mistral are"),
-        ({"sliding_window": "wide"}, "sliding_window must be a whole number from 0 on, found 'wide'"),
-        ({"attention_bias": True}, "attention_bias is not supported"),
+        ({"model_type": ["llama"]}, "is not supported; llama, mistral, .* and gemma3_text are"),
+        (
+            {"model_type": "mistral", "sliding_window": "wide"},
+            "sliding_window must be a whole number from 0 on, found 'wide'",
+        ),
+        ({"attention_bias": True}, "lacks 8 tensors, first 'model.layers.0.self_attn.k_proj.bias'"),
+        ({"mlp_bias": True}, "lacks 6 tensors"),
         ({"model_type": "mixtral"}, "model_type 'mixtral' is not supported"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types other than 'full_attention'"),
         ({"num_local_experts": 8}, "num_local_experts is not supported"),
@@ -142,11 +145,11 @@ def test_a_tied_head_that_was_written_too_must_be_the_embedding(tmp_path):
         load_as_scalar(tmp_path, generator(0, "head"))  # a reward model has no head for words
 
 
-def test_a_sliding_window_limits_the_length_and_is_kept_with_the_family(tmp_path):
+def test_a_sliding_window_is_kept_with_the_family(tmp_path):
     save_model(tmp_path / "first", small_model())
     edit_json(tmp_path / "first" / "config.json", model_type="mistral", sliding_window=64)
     model = load_model(tmp_path / "first")
-    assert (model.config.longest, model.config.max_position_embeddings) == (64, 1024)
+    assert [model.config.window(layer) for layer in (0, 1)] == [64, 64]
     save_model(tmp_path / "second", model)
     written = json.loads((tmp_path / "second" / "config.json").read_text())
     assert (written["model_type"], written["sliding_window"]) == ("mistral", 64)
@@ -155,21 +158,7 @@ def test_a_sliding_window_limits_the_length_and_is_kept_with_the_family(tmp_path
     save_model(tmp_path / "second", load_model(tmp_path / "first"))
     written = json.loads((tmp_path / "second" / "config.json").read_text())
     assert written["sliding_window"] is None  # left out, it would mean 4096 in transformers
-    assert load_model(tmp_path / "second").config.longest == 1024
-
-
-def test_an_option_that_a_config_leaves_out_means_what_it_means_in_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 40, "num_hidden_layers": 2}
-    for family, theirs in (("llama", transformers.LlamaConfig), ("mistral", transformers.MistralConfig)):
-        raw = {"model_type": family, "num_attention_heads": 16, **sizes}
-        (tmp_path / "config.json").write_text(json.dumps(raw))
-        ours, expected = config_from_json(tmp_path / "config.json"), theirs(num_attention_heads=16, **sizes)
-        names = "max_position_embeddings rms_norm_eps num_key_value_heads bos_token_id tie_word_embeddings".split()
-        for name in names:
-            assert getattr(ours, name) == getattr(expected, name), (family, name)
-        assert ours.head_dim == 4
-        assert ours.sliding_window == getattr(expected, "sliding_window", None)
+    assert load_model(tmp_path / "second").config.window(0) is None
 
 
 @pytest.mark.parametrize(

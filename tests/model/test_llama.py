@@ -32,6 +32,22 @@ def test_children_of_one_root_segment_do_not_attend_to_each_other():
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_hidden_states_that_are_wanted_are_those_of_all_and_so_are_their_gradients(recompute):
+    """The same position may be wanted twice: a prompt's last token predicts the first token of both responses."""
+    ids, packing, wanted = torch.randint(0, 61, (30,)), Packing([10, 6, 14], [-1, 0, 0]), torch.tensor([9, 9, 3, 29])
+    results = []
+    for asked in (None, wanted):
+        model = small_model()
+        configure_layers(model, recompute, False)
+        hidden = model(ids, packing) if asked is None else model(ids, packing, wanted=asked)
+        assert hidden.shape == (30 if asked is None else 4, 24)
+        hidden = hidden[wanted] if asked is None else hidden
+        (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum().backward()
+        results.append((hidden.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
 def test_compiled_layers_compute_the_same_states_and_gradients():
     """Also when the number and the lengths of the segments change. A break in the graph would raise (fullgraph)."""
     plain, compiled = small_model(), small_model()
@@ -171,8 +187,8 @@ def test_model_families_with_the_llama_architecture_match_transformers(family, t
 
 def test_llama3_scaling_keeps_short_wavelengths_and_stretches_long_ones():
     config = LlamaConfig(head_dim=64, rope_theta=500000.0, rope_scaling=LLAMA3)
-    plain = rotary_frequencies(LlamaConfig(head_dim=64, rope_theta=500000.0))
-    scaled = rotary_frequencies(config)
+    (plain,) = rotary_frequencies(LlamaConfig(head_dim=64, rope_theta=500000.0))
+    (scaled,) = rotary_frequencies(config)
     assert scaled[0] == plain[0]  # wavelength 2 pi, far below 64 / 4
     assert scaled[-1].item() == pytest.approx(plain[-1].item() / 8)  # a wavelength far above 64 / 1
 

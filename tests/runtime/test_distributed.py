@@ -11,8 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mpo.data.tokenizer import load_tokenizer
+from mpo.model.checkpoint import save_model
 from mpo.runtime import distributed
 from mpo.runtime.errors import InputError
+from tests.conftest import small_model
 from tests.support.group import CASES, case_name
 from tests.support.hooks import WAIT_FOR_SIGNAL, script_with_hook
 from tests.support.scripts import ROOT, run_script
@@ -97,6 +100,31 @@ def test_a_run_stopped_with_two_processes_continues_with_four_and_with_one(hh_ru
     done = run_script(*command(DPO, hh_run, out))
     assert f"going on after step {steps}" in done.stdout
     assert_same_run(tmp_path / "uninterrupted", out)
+
+
+def test_a_model_with_the_weights_of_other_families_is_sharded_stopped_and_continued(hh_run, tmp_path):
+    """Gemma 3 with biases has every kind of weight: four norms, norms of heads, biases, a tied head."""
+    tokenizer = load_tokenizer(hh_run / "sft")
+    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    gemma = {"model_type": "gemma3_text", "hidden_act": "gelu_pytorch_tanh", "attention_bias": True}
+    layers = {
+        "sliding_window": 20,
+        "layer_types": ("sliding_attention", "full_attention"),
+        "rope_local_base_freq": 99.0,
+    }
+    model = small_model(vocab_size=tokenizer.size, query_pre_attn_scalar=9, **ids, **gemma, **layers)
+    save_model(tmp_path / "gemma", model, tokenizer)
+    data = ("--data", hh_run / "split" / "pairs.jsonl", "--model", tmp_path / "gemma", "--threads", 1)
+    flags = (*data, "--steps", 6, "--batch", 4, "--microbatch", 4, "--save_every", 1000)
+    run_script("train_dpo.py", *flags, "--out", tmp_path / "one")
+    body = WAIT_FOR_SIGNAL.format(step=2, process="os.getppid()", number=int(signal.SIGTERM))
+    hooked, out = script_with_hook(tmp_path, "train_dpo.py", body), ("--out", tmp_path / "out")
+    run_processes(2, hooked, *flags, *out, "--shard", "true", expect=128 + signal.SIGTERM)
+    assert "going on after step 3" in run_script("train_dpo.py", *flags, *out).stdout
+    assert_same_run(tmp_path / "one", tmp_path / "out")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("gemma", "out"))
+    assert before.keys() == after.keys()
+    assert [name for name in before if torch.equal(before[name], after[name])] == []  # all of them learn
 
 
 def test_a_process_that_dies_ends_the_job_with_one_line_and_the_run_can_be_continued(hh_run, tmp_path):

@@ -25,12 +25,12 @@ from mpo.training.optimisers import (
 from tests.conftest import small_model
 
 
-def test_the_learning_rate_warms_up_and_then_falls_along_a_cosine():
+def test_the_learning_rate_warms_up_and_then_falls_along_a_line():
     rates = [learning_rate(s, 100, 1.0, 0.1, 0.2) for s in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert rates[9] == pytest.approx(1.0)
-    assert rates[55] == pytest.approx(0.2 + 0.8 * 0.5)  # halfway down the cosine
-    assert rates[99] == pytest.approx(0.2, abs=1e-3)
+    assert rates[55] == pytest.approx(0.2 + 0.8 * 0.5)  # halfway down
+    assert rates[99] == pytest.approx(0.2, abs=0.01)
     assert rates[9:] == sorted(rates[9:], reverse=True)
 
 
