@@ -332,7 +332,14 @@ def test_the_presets_on_the_page_are_those_of_make():
     pattern = re.compile(r"^(\w+) += (--.*)$", re.M)
     lines = pattern.findall((ROOT / "make" / "tasks.mk").read_text())
     assert lines == pattern.findall(PAGE)
-    assert {name.rpartition("_")[0] for name, _ in lines} == {"hh", "tldr", "hh_files", "tldr_files", "quick"}
+    assert {name.rpartition("_")[0] for name, _ in lines} == {
+        "hh",
+        "tldr",
+        "hh_files",
+        "tldr_files",
+        "quick",
+        "scratch",
+    }
     stages = {name.rpartition("_")[2] for name, _ in lines}
     assert stages == {"data", "tokenizer", "sft", "rm", "split", "dpo", "ppo", "eval"}
 
@@ -340,7 +347,7 @@ def test_the_presets_on_the_page_are_those_of_make():
 @pytest.mark.parametrize(
     ("variables", "script", "flags"),
     [
-        (["TASK=tldr"], "train_sft.py", {"epochs": 2.0, "max_prompt": 384}),
+        (["TASK=tldr"], "train_sft.py", {"epochs": 1.0, "max_prompt": 384}),
         (["TASK=tldr", "QUICK=1"], "train_sft.py", {"epochs": 1.0}),
         (["TASK=tldr", "QUICK=1", "SFT_FLAGS=--epochs 5"], "train_sft.py", {"epochs": 5.0}),
         (["TASK=tldr", "DATA=rows.jsonl"], "split_data.py", {"max_prompt": 640}),
@@ -362,8 +369,8 @@ def test_more_reward_models_differ_in_their_seed_and_may_have_flags_of_their_own
     lines = [line for line in commands("RMS=rm rm-2 rm-3", "SEED=4", "rm-3_FLAGS=--lr 1e-4") if "train_rm.py" in line]
     values = [resolved(line)[1] for line in lines]
     assert [(v["out"], v["seed"], v["lr"]) for v in values] == [
-        ("runs/hh/rm", 4, 3e-4),
-        ("runs/hh/rm-2", 402, 3e-4),
+        ("runs/hh/rm", 4, 5e-4),
+        ("runs/hh/rm-2", 402, 5e-4),
         ("runs/hh/rm-3", 403, 1e-4),
     ]
 

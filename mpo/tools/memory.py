@@ -141,16 +141,17 @@ def plain_layer(c: LlamaConfig, use: Load, held: int, adapted: int = 0) -> float
     For each token: what is normed, before and after its product with the weight; the attention's output; gate, its
     silu, up and the product. And as rectangles, segments by the longest: queries, keys, values and output.
 
-    `adapted`: numbers of a token that the adapters of bf16 weights read. Each adapter keeps its own in fp32, and for
-    the weights, which are fixed, nothing is kept.
+    `adapted`: numbers of a token that the adapters of bf16 weights read. Each adapter keeps its own in fp32, and what
+    only the gradients of the weights need, which are fixed, is not kept.
     """
     heads = c.num_attention_heads * c.head_dim
     of_number = 8 + held if c.family.one_plus else 4 + 2 * held  # Gemma multiplies by the weight in fp32
+    of_number = 4 if adapted else of_number
     normed = (4 if c.family.four_norms else 2) * c.hidden_size * of_number
     normed += c.family.qk_norm * (c.num_attention_heads + c.num_key_value_heads) * c.head_dim * of_number
     of_token = normed + held * (heads + 4 * c.intermediate_size)
     if adapted:
-        of_token += FLOAT * adapted - held * (2 * c.hidden_size + heads + c.intermediate_size)
+        of_token += FLOAT * adapted - held * (heads + c.intermediate_size)
     return use.tokens * of_token + held * use.segments * heads * (2 * use.longest + 2 * (use.parent + use.longest))
 
 
@@ -264,8 +265,8 @@ def sampling_bytes(config: Any, c: LlamaConfig, use: Load, parts: int, cpu: bool
     cache = c.num_hidden_layers * way.rows * use.length * of_token
     if not compiled:  # keys and values of one layer, once for each head of queries
         cache += way.rows * use.length * of_token * c.num_attention_heads // c.num_key_value_heads
-    layers = c.num_hidden_layers * block_parameters(c) if way.whole else block_parameters(c)
-    merged = held * layers if getattr(config, "lora_rank", 0) else 0  # base and adapters as one matrix
+    adapted = way.whole and bool(getattr(config, "lora_rank", 0))
+    merged = held * c.num_hidden_layers * block_parameters(c) if adapted else 0  # base and adapters as one matrix
     copies = held * parameters(c) * (compiled + (way.whole and parts > 1))  # packed for the kernels; gathered
     begun = min(way.rows * use.prompt, max(PREFILL, use.prompt))
     return cache, merged + copies + held * begun * (2 * D + 3 * F)
@@ -285,7 +286,7 @@ def choose_way(config: Any, c: LlamaConfig, use: Load, parts: int, cpu: bool, ro
         if most := bisect.bisect_right(range(1, use.sampled + 1), room, key=needed):
             passes = -(-use.sampled // most)
             ways.append((passes * (1 if whole else IN_TURN), Way(whole, -(-use.sampled // passes))))
-    return min(ways)[1] if ways else Way(parts == 1, 1)
+    return min(ways, key=lambda priced: priced[0])[1] if ways else Way(parts == 1, 1)
 
 
 def way_within(config: Any, c: LlamaConfig, processes: int, base: float, cpu: bool, capacity: float) -> Way:

@@ -44,6 +44,9 @@ def lines(path):
 def test_a_stage_trains_the_same_model_on_another_device(work, stage):
     here, there = work / f"{stage}-cpu", work / f"{stage}-pretend"
     for one, other in zip(lines(here / "metrics.jsonl"), lines(there / "metrics.jsonl"), strict=True):
+        if one["step"] == 0:
+            one.pop("accuracy", None)  # in DPO all log-ratios are 0 up to rounding, so it depends on rounding alone
+            other.pop("accuracy", None)
         assert one == pytest.approx(other, rel=2e-3, abs=2e-5)
     one, other = load_file(here / "model.safetensors"), load_file(there / "model.safetensors")
     assert one.keys() == other.keys()

@@ -184,7 +184,7 @@ def test_a_policy_that_does_not_fit_is_gathered_layer_by_layer_with_as_many_rows
     assert way(policy - 1) == Way(False, 16)
     assert way(all_rows - 1) == Way(False, 8)
     assert way(3 * (row + 20 * begun)) == Way(False, 3)  # six passes of at most three rows
-    assert way(policy + 2 * (row + 20 * begun)) == Way(False, 16)  # one pass in turn takes as long as 8 of 2 rows
+    assert way(policy + 2 * (row + 20 * begun)) == Way(True, 2)  # eight passes take as long as one in turn
     assert way(policy + row + 20 * begun) == Way(False, 16)  # 16 passes over one row would take longer
     assert way(0) == Way(False, 1)
     # A single process has the whole policy anyway.

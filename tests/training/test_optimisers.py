@@ -198,7 +198,7 @@ def test_muon_changes_small_bf16_weights_and_refuses_adapters():
     before = p.detach().float().clone()
     after_steps(make_optimiser(model, 1e-3, 0.0, kind="muon"), p, [torch.eye(4).bfloat16()] * 100)
     moved = (p.detach().float() - before).diag().mean()  # U V^T of the identity is the identity, of length about 1
-    assert float(moved) == pytest.approx(-100 * 1e-3 * 0.2 * 2, rel=0.3)
+    assert float(moved) == pytest.approx(-100 * 1e-3 * 0.2 * 2, rel=0.4)
     model["layers"][0].lora_a = nn.Parameter(torch.zeros(2, 4))
     with pytest.raises(InputError, match="--optimiser muon: is for whole matrices"):
         make_optimiser(model, 1e-3, 0.0, kind="muon")
