@@ -119,7 +119,7 @@ def encode(
         try:
             prompt, cut = fit_prompt(row.prompt, tokenizer, max_prompt)
             chosen, rejected = tokenizer.response_ids(row.chosen), tokenizer.response_ids(row.rejected)
-            _check_whole(row, tokenizer, chosen, rejected)
+            _check_whole(row, tokenizer)
         except Unusable as e:
             counts[f"dropped: {e}"] += 1
             continue
@@ -142,13 +142,10 @@ def encode(
     return pairs, {k: v for k, v in counts.items() if v}
 
 
-def _check_whole(row: Row, tokenizer: Tokenizer, *responses: list[int]) -> None:
+def _check_whole(row: Row, tokenizer: Tokenizer) -> None:
     """Raise InputError where the ids of the prompt and of a response do not begin those of the whole conversation."""
-    if not tokenizer.turns:
-        return
-    prompt = tokenizer.prompt_ids(row.prompt)
-    for name, ids in zip(("chosen", "rejected"), responses, strict=True):
-        if not tokenizer.turns.agrees(row.prompt, getattr(row, name), prompt + ids):
+    for name, response in (("chosen", row.chosen), ("rejected", row.rejected)):
+        if tokenizer.turns and not tokenizer.turns.agrees(row.prompt, response):
             raise InputError(
                 f"{row.where or f'row {row.id}'}: in the form of the chat template, the prompt's ids and those of "
                 f"{name!r} are not the ids of both together; remove the row, or do without the template "

@@ -43,6 +43,7 @@ class Turns:
         self.before, self.after = (
             "".join(p.text for p in part) for part in (self.response[:at], self.response[at + 1 :])
         )
+        self.after = self.after.removesuffix("" if self.added_eos else vocabulary.piece(self.eos))
         self.place: Place = self._encode(prompt, "start")[1]
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -51,18 +52,37 @@ class Turns:
 
     def response_ids(self, response: str) -> list[int]:
         """The ids of a complete response, which end in EOS. Space around it is removed, as in all messages."""
-        pieces = [piece if piece.own else Piece(response.strip(), False) for piece in self.response]
-        return [*self._encode(pieces, self.place)[0], self.eos]
+        return self._encode(self._answer(response), self.place)[0] + [self.eos] * self.added_eos
 
-    def agrees(self, prompt: str, response: str, ids: list[int]) -> bool:
+    def agrees(self, prompt: str, response: str) -> bool:
         """Whether the ids of prompt and response, encoded apart, begin those of the whole conversation.
 
-        Raises Unusable if the template refuses the conversation.
+        Ids before the prompt's last special token do not depend on what follows it. Raises Unusable if the template
+        refuses the conversation.
         """
-        messages = [*messages_in(prompt), ("assistant", response.strip())]
-        whole, _ = self._encode(self.template.pieces(messages, False), "start")
-        expected = ids[:-1] if self.added_eos else ids
-        return whole[: len(expected)] == expected
+        messages, answer = messages_in(prompt), self._answer(response)
+        begun = self.template.pieces(messages, True)
+        whole = _joined(self.template.pieces([*messages, ("assistant", response.strip())], False))
+        apart = _joined([*begun, *answer])
+        at = len(apart) - 1  # only the last piece may go on in the whole conversation
+        if len(whole) <= at or whole[:at] != apart[:at]:
+            return False
+        if whole[at].own != apart[at].own or not whole[at].text.startswith(apart[at].text):
+            return False
+        end = self._from_last_special(begun)
+        ids = self._encode(end, "start")[0] + self._encode(answer, self.place)[0]
+        return self._encode([*end, *answer], "start")[0] == ids
+
+    def _answer(self, response: str) -> list[Piece]:
+        return [piece if piece.own else Piece(response.strip(), False) for piece in self.response]
+
+    def _from_last_special(self, pieces: Sequence[Piece]) -> list[Piece]:
+        """The end of these pieces, from their last special token on; all of them if there is none."""
+        for i in reversed(range(len(pieces))):
+            found = [*self.special.finditer(pieces[i].text)] if pieces[i].own else []
+            if found:
+                return [Piece(pieces[i].text[found[-1].start() :], True), *pieces[i + 1 :]]
+        return list(pieces)
 
     def text_of(self, decoded: str) -> str:
         """The text of a response, as rows have it: without what the template puts around it, after a space."""
@@ -73,12 +93,12 @@ class Turns:
         return (self.prompt_ids(SAME), self.response_ids("d")) == (other.prompt_ids(SAME), other.response_ids("d"))
 
     def _response_form(self, rest: Sequence[Piece]) -> tuple[list[Piece], int | None]:
-        """What the template writes of a response before the special token that ends it, and this token's id."""
+        """What the template writes of a response, up to the special token that ends it, and this token's id."""
         form = list[Piece]()
         for piece in rest:
             for end in self.special.finditer(piece.text) if piece.own and not all(p.own for p in form) else ():
                 if self.specials[end[0]].special:
-                    return [*form, Piece(piece.text[: end.start()], True)], self.specials[end[0]].id
+                    return [*form, Piece(piece.text[: end.end()], True)], self.specials[end[0]].id
             form.append(piece)
         while form[-1].own:  # such as line breaks after the last turn
             form.pop()
@@ -114,8 +134,13 @@ def _rest(prompt: Sequence[Piece], whole: Sequence[Piece], where: str) -> list[P
     rest = [Piece(c, own) for c, own in full[len(begun) :]]
     if full[: len(begun)] != begun or all(piece.own for piece in rest):
         raise InputError(f"{where} does not begin a conversation with its prompt, or leaves out the answer; {MEND}")
+    return _joined(rest)
+
+
+def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+    """The same text, with neighbours of one kind in one piece."""
     joined = list[Piece]()
-    for piece in rest:
+    for piece in filter(lambda piece: piece.text, pieces):
         if joined and joined[-1].own == piece.own:
             joined[-1] = Piece(joined[-1].text + piece.text, piece.own)
         else:

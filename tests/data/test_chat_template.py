@@ -89,7 +89,7 @@ def test_prompt_and_response_have_the_ids_of_transformers(folders, name):
         whole = ids + ours.response_ids(response)
         assert whole == theirs_of(theirs, talk, False)[: len(whole)]
         assert whole[-1] == ours.eos != ours.pad
-        assert ours.turns.agrees(prompt, response, whole)
+        assert ours.turns.agrees(prompt, response)
         assert ours.decode(ours.response_ids(response)) == response
 
 
@@ -109,7 +109,7 @@ def test_no_content_becomes_a_special_token(folders, name):
     prompt = dialogue_text(talk)
     assert specials_in(ours.prompt_ids(prompt)) == specials_in(ours.prompt_ids(dialogue_text(plain)))
     assert specials_in(ours.response_ids(EVIL)) == specials_in(ours.response_ids("Hi"))
-    assert ours.turns.agrees(prompt, EVIL, ours.prompt_ids(prompt) + ours.response_ids(EVIL))
+    assert ours.turns.agrees(prompt, EVIL)
     if name != "yi":  # its turns are also pieces of the vocabulary, which transformers reads in any text
         assert ours.decode(ours.response_ids(EVIL)) == " " + EVIL
 
@@ -193,7 +193,7 @@ def test_a_turn_that_ends_in_text_alone_gets_the_eos_of_the_tokenizer(tmp_path):
     prompt, ids = "Hi", ours.response_ids(" Yes.")
     assert ids[-1] == ours.eos
     assert ours.vocabulary.decode(ids[:-1]) == "assistant: Yes."
-    assert ours.turns.agrees(prompt, " Yes.", ours.prompt_ids(prompt) + ids)
+    assert ours.turns.agrees(prompt, " Yes.")
     assert ours.decode(ids) == " Yes."
 
 
@@ -258,6 +258,17 @@ def test_a_row_whose_parts_are_not_the_whole_is_named_with_file_and_line(tmp_pat
         InputError, match=r"rows.jsonl:2: in the form of the chat template, the prompt's ids and those of"
     ):
         encode(read_rows(tmp_path / "rows.jsonl"), ours, 100, 100)
+
+
+def test_ids_that_grow_together_at_the_end_of_the_prompt_are_noticed(tmp_path):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ 'h' if m.role == 'assistant' }}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    template += "{% if add_generation_prompt %}<|im_start|>h{% endif %}"
+    ours = load_tokenizer(with_template(tmp_path, template))
+    assert ours.vocabulary.encode("he") != ours.vocabulary.encode("h") + ours.vocabulary.encode("e")
+    assert not ours.turns.agrees("Hi", " e")
+    assert ours.turns.agrees("Hi", " 1")
 
 
 def test_a_long_dialogue_loses_its_oldest_turns_as_messages_and_keeps_the_system_message(folders):
