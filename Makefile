@@ -5,7 +5,7 @@
 # Variables, set as in `make hh SEED=2`:
 #   TASK      hh or tldr, the paper's two tasks (make hh and make tldr set it)
 #   RUN       the run folder; runs/hh or runs/tldr if not set
-#   DATA      builtin, a folder in the task's official layout, or a file of pairs (.jsonl, .json, .parquet; docs/data.md)
+#   DATA      builtin, a folder in the task's official layout, or a file of pairs (.jsonl, .json, .csv, .parquet; docs/data.md)
 #   TEST_DATA a file of test pairs of your own
 #   MODEL     a preset (tiny, mini, small, base, 1b, 7b) or a folder in the Hugging Face layout
 #   SEED      the seed of every random choice
@@ -14,7 +14,7 @@
 #   RMS       the reward models that split the pairs: "rm rm-2 rm-3" trains two more with other seeds
 #   FROM      a finished run, whose stages this run shares until a flag differs
 #   LORA      train only low-rank adapters of this rank (in SFT only if MODEL is a folder)
-#   BF16      1: matrix products in bf16; weights and sums stay in fp32
+#   BF16      1: matrix products in bf16 where the processor has them; weights and sums stay in fp32
 #   KERNELS   reference: plain torch everywhere, in place of the fastest implementation
 #   NPROC     processes of each stage that computes with a model
 #   SHARD     1: split every weight among these processes (FSDP2)

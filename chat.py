@@ -12,6 +12,7 @@ import torch
 from mpo.config import ChatConfig
 from mpo.data.batches import fit_prompt
 from mpo.data.dialogue import ASSISTANT, HUMAN
+from mpo.data.rows import Unusable
 from mpo.data.tldr import prompt_text
 from mpo.data.tokenizer import shared_tokenizer
 from mpo.model.checkpoint import load_model
@@ -85,7 +86,11 @@ def talk(config: ChatConfig) -> None:
             history = ""
             continue
         prompt = as_prompt(form, history, line)
-        ids, cut = fit_prompt(prompt, tokenizer, room)
+        try:
+            ids, cut = fit_prompt(prompt, tokenizer, room)
+        except Unusable as e:
+            print(f"({e})")
+            continue
         if not ids:
             print(f"(too long: the model has room for {room} tokens)")
             continue

@@ -31,9 +31,11 @@ def plain_pair(h: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, rh: torc
 
 def way(case: str) -> Way:
     """The function of a case. Its arguments are hidden, weight, targets; for "-pair" also ref_hidden, ref_weight."""
-    if case in ("ours", "ours-pair"):
+    if case in ("ours", "ours-pair", "linear"):
         from mpo.kernels import functions as kernels
 
+        if case == "linear":  # the product alone, by this project's kernel
+            return lambda h, w, t: kernels.linear(h, w)
         if case == "ours":
             return kernels.token_logprobs
         return lambda h, w, t, rh, rw: kernels.policy_reference(h, w, rh, rw, t)

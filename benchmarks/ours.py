@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import TypeVar
 
 import torch
 
 from benchmarks import turns
 from benchmarks import workload as w
 from mpo.config import PPOConfig
-from mpo.data.batches import Pair
+from mpo.data.batches import Pair, make_batch
 from mpo.data.rows import Row
 from mpo.model.generate import Sampling, generate
-from mpo.model.llama import Llama, LlamaConfig, ValueHead, initialise, scalar_from
+from mpo.model.llama import Adapters, Llama, LlamaConfig, ScalarModel, ValueHead, initialise, scalar_from
+from mpo.model.logprobs import response_logprobs
+from mpo.model.lora import BaseModel, attach, critic_on, first_values
 from mpo.model.scoring import score_pairs
 from mpo.ppo.learner import Critic, Learner
 from mpo.ppo.rewards import assign_credit
@@ -32,15 +35,45 @@ def model(seed: int) -> Llama:
     return llama
 
 
+def adapters() -> Adapters:
+    """The workload's adapters."""
+    return Adapters(w.LORA, 16.0, w.TARGETS, seed=0, base="")
+
+
+Model = TypeVar("Model", Llama, ScalarModel)
+
+
+def to_train(made: Model) -> Model:
+    """The same model, with adapters if the workload trains only these."""
+    if w.LORA:
+        attach(made, adapters())
+        made.load_state_dict(first_values(made, adapters()), strict=False)
+    return made
+
+
 def pairs() -> list[Pair]:
     """The pairs of one step."""
     rows = enumerate(w.pairs(w.PAIRS))
     return [Pair(Row(str(i), "", "", ""), r["prompt"], r["chosen"], r["rejected"]) for i, r in rows]
 
 
+def sft() -> Callable[[], object]:
+    """A step of SFT on the chosen responses."""
+    policy = to_train(model(0))
+    optimiser, rows = make_optimiser(policy, w.LR, 0.0), pairs()
+
+    def step() -> None:
+        batch = make_batch([(p.prompt, p.chosen) for p in rows])
+        (-response_logprobs(policy, batch).logp.sum() / sum(len(p.chosen) for p in rows)).backward()
+        optimiser_step(optimiser, policy, w.LR, 1.0)
+
+    return step
+
+
 def dpo(cached: bool) -> Callable[[], object]:
     """A DPO step. The reference's log-probs are computed once in advance (`cached`), or in every step."""
-    policy, ref = model(0), model(0)
+    policy = to_train(model(0))
+    ref = policy if w.LORA else model(0)  # an untrained adapter changes nothing
     optimiser, rows = make_optimiser(policy, w.LR, 0.0), pairs()
     cache = reference_logps(ref, rows, w.PAIRS)
 
@@ -55,7 +88,7 @@ def dpo(cached: bool) -> Callable[[], object]:
 
 def reward() -> Callable[[], object]:
     """A training step of the reward model."""
-    rm = scalar_from(model(0), torch.Generator().manual_seed(1))
+    rm = to_train(scalar_from(model(0), torch.Generator().manual_seed(1)))
     optimiser, rows = make_optimiser(rm, w.LR, 0.0), pairs()
 
     def step() -> None:
@@ -70,9 +103,16 @@ def ppo(shared: bool) -> Callable[[], object]:
 
     `shared`: the critic is a head on the policy's trunk instead of a model of its own.
     """
-    policy, ref = model(0), model(0).requires_grad_(False)
-    rm, own = (scalar_from(model(i), torch.Generator().manual_seed(i)) for i in (1, 2))
-    value_model = ValueHead(policy.config.hidden_size) if shared else own
+    policy = to_train(model(0))
+    ref = BaseModel(policy) if w.LORA else model(0).requires_grad_(False)
+    rm = scalar_from(model(1), torch.Generator().manual_seed(1))
+    value_model: ScalarModel | ValueHead
+    if shared:
+        value_model = ValueHead(policy.config.hidden_size)
+    else:
+        value_model = (
+            critic_on(policy, adapters()) if w.LORA else scalar_from(model(2), torch.Generator().manual_seed(2))
+        )
     config = PPOConfig(
         out="",
         prompts="",
@@ -111,6 +151,7 @@ def generation() -> Callable[[], object]:
 
 
 CASES: dict[str, Callable[[], Callable[[], object]]] = {
+    "sft": sft,
     "dpo": lambda: dpo(cached=False),
     "dpo-best": lambda: dpo(cached=True),
     "reward": reward,

@@ -43,6 +43,15 @@ def text(ids: list[int]) -> str:
     return " ".join(f"w{i}" for i in ids)
 
 
+def lora(task: str):
+    """peft's adapters of the workload, or None. `task`: peft's name for what the model does."""
+    if not w.LORA:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=w.LORA, lora_alpha=16, target_modules=list(w.TARGETS), lora_dropout=0.0, task_type=task)
+
+
 def rows():
     """The workload's pairs as texts, repeated 200 times."""
     from datasets import Dataset
@@ -72,15 +81,40 @@ def common(folder: str) -> dict:
     )
 
 
+def sft() -> None:
+    """trl's SFTTrainer, on the chosen responses; prompts count for nothing, as here."""
+    from trl import SFTConfig, SFTTrainer
+
+    data = rows().rename_column("chosen", "completion").remove_columns("rejected")
+    with tempfile.TemporaryDirectory() as folder:
+        config = SFTConfig(**common(folder), max_length=w.PROMPT + w.RESPONSE + 8, completion_only_loss=True)
+        trainer = SFTTrainer(
+            LlamaForCausalLM(LlamaConfig(**w.SHAPE)),
+            args=config,
+            train_dataset=data,
+            processing_class=tokenizer(),
+            peft_config=lora("CAUSAL_LM"),
+            callbacks=[Turns()],
+        )
+        trainer.train()
+
+
 def dpo() -> None:
-    """trl's DPOTrainer."""
+    """trl's DPOTrainer. With adapters, the reference is the policy without them."""
     from trl import DPOConfig, DPOTrainer
 
-    policy, ref = (LlamaForCausalLM(LlamaConfig(**w.SHAPE)) for _ in range(2))
+    policy = LlamaForCausalLM(LlamaConfig(**w.SHAPE))
+    ref = None if w.LORA else LlamaForCausalLM(LlamaConfig(**w.SHAPE))
     with tempfile.TemporaryDirectory() as folder:
         config = DPOConfig(**common(folder), beta=w.BETA, max_length=w.PROMPT + w.RESPONSE + 8)
         trainer = DPOTrainer(
-            policy, ref, args=config, train_dataset=rows(), processing_class=tokenizer(), callbacks=[Turns()]
+            policy,
+            ref,
+            args=config,
+            train_dataset=rows(),
+            processing_class=tokenizer(),
+            peft_config=lora("CAUSAL_LM"),
+            callbacks=[Turns()],
         )
         trainer.train()
 
@@ -93,7 +127,12 @@ def reward() -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = RewardConfig(**common(folder), max_length=w.PROMPT + w.RESPONSE + 8)
         trainer = RewardTrainer(
-            rm, args=config, train_dataset=rows(), processing_class=tokenizer(), callbacks=[Turns()]
+            rm,
+            args=config,
+            train_dataset=rows(),
+            processing_class=tokenizer(),
+            peft_config=lora("SEQ_CLS"),
+            callbacks=[Turns()],
         )
         trainer.train()
 
@@ -170,7 +209,7 @@ def generation() -> None:
 
 
 if __name__ == "__main__":
-    cases = {"dpo": dpo, "reward": reward, "generate": generation, "ppo": ppo}
+    cases = {"sft": sft, "dpo": dpo, "reward": reward, "generate": generation, "ppo": ppo}
     case, (threads,) = turns.arguments("python benchmarks/peers.py CASE THREADS", cases=cases)
     torch.set_num_threads(threads)
     torch.manual_seed(0)

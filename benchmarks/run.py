@@ -71,6 +71,7 @@ HEADS = (
     Heads("log-probs, with gradients", "-backward", tuple(way for way in ALONE if way != "product")),
     Heads("policy, reference, KL, entropy", "-pair", PAIR),
 )
+OURS, BF16, PLAIN, TRL = REAL_WAYS = ("this project", "in bf16", "plain torch", "trl")  # of real.py
 THEIRS = ("trl", "cut-cross-entropy")  # ways that run in the peers' environment
 
 
@@ -182,9 +183,13 @@ def heads(h: Heads, size: tuple[int, ...], repeats: int, threads: int) -> Row:
 
 
 def rate(threads: int) -> float:
-    """The speed of one of torch's large matrix products, in GFLOP/s, which the page calls the peak of the machine."""
-    results = hold({"rate": [sys.executable, "-m", "benchmarks.heads", "product", "512", "512", "16384"]}, 9, threads)
-    return 2e-9 * 512 * 512 * 16384 / min(results["rate"]["all"])
+    """The speed of a large matrix product in fp32, in GFLOP/s, which the page calls the peak of the machine.
+
+    It is the faster one of torch's product and ours: on some processors torch's uses only half of a vector.
+    """
+    ways = {c: [sys.executable, "-m", "benchmarks.heads", c, "512", "512", "16384"] for c in ("product", "linear")}
+    results = hold(ways, 9, threads)
+    return 2e-9 * 512 * 512 * 16384 / min(time for row in results.values() for time in row["all"])
 
 
 def first_table(rows: Sequence[Row], peak: float) -> str:
@@ -220,6 +225,21 @@ def second_table(rows: Sequence[Row]) -> str:
     return table(["ms / MiB", *ALONE], lines)
 
 
+def real_table(rows: Mapping[str, Row]) -> str:
+    """Steps a second of each way on a real model's shape (real.py), and how many times as fast this project is."""
+    if not rows:
+        return "Not measured yet: python -m benchmarks.real"
+    header = ["steps a second", *REAL_WAYS, "times plain torch", "times trl", "MiB of the step"]
+    lines = []
+    for name, row in rows.items():
+        rates = [f"{1 / row[way]['seconds']:.2f}" if way in row else "-" for way in REAL_WAYS]
+        times = [f"{row[way]['times']:.2f}" if way in row else "-" for way in (PLAIN, TRL)]
+        memory = " / ".join(f"{row[way]['step_mib']:.0f}" if way in row else "-" for way in (OURS, PLAIN, TRL))
+        lines.append([name, *rates, *times, memory])
+    about = sorted({f"Machine: {row['machine']}. Commit: {row['commit']}." for row in rows.values()})
+    return "\n".join([*about, "", table(header, lines)])
+
+
 def profile(case: str, threads: int) -> Row:
     """The seconds that each compiled function takes of a step of this project (breakdown.py)."""
     command = [sys.executable, "-m", "benchmarks.breakdown", case, str(threads)]
@@ -239,7 +259,10 @@ def third_table(profiles: Mapping[str, Row]) -> str:
 
 
 def write_page(path: Path, bench: Mapping[str, Any]) -> None:
-    """Fill the template page.md with the content of bench.json."""
+    """Fill the template page.md with the content of bench.json. Without the rows of `make bench` there is no page."""
+    if "rows" not in bench:
+        print(f"{path}: not written, since `make bench` has not measured its first table yet")
+        return
     scaling, growth = bench.get("scaling"), "Not measured yet: python -m benchmarks.scaling"
     if scaling:
         growth = f"Machine: {scaling['machine']}. Commit: {scaling['commit']}.\n\n![{GROWTH}](figures/scaling.png)"
@@ -247,6 +270,7 @@ def write_page(path: Path, bench: Mapping[str, Any]) -> None:
         "table": first_table(bench["rows"], bench["peak"]),
         "heads": second_table(bench["heads"]),
         "scaling": growth,
+        "real": real_table(bench.get("real", {})),
         "profile": third_table(bench["profiles"]) if "profiles" in bench else "not measured yet",
         "profile_machine": bench.get("profile_machine", ""),
         "stages": bench.get("stages", {}).get("table", "not measured yet"),
@@ -274,7 +298,7 @@ def main(config: BenchConfig) -> None:
             row = heads(h, size, config.repeats, threads)
             head_rows[row["name"]] = row
             print(row["name"] + ": " + ", ".join(f"{w} {1e3 * row[w]['seconds']:.0f} ms" for w in h.ways), flush=True)
-    kept = {k: v for k, v in before.items() if k in ("scaling", "stages", "profiles", "profile_machine")}
+    kept = {k: v for k, v in before.items() if k in ("scaling", "real", "stages", "profiles", "profile_machine")}
     if config.only in "profile":
         cases = ("dpo-best", "reward", "generate", "ppo-shared")
         kept |= {"profiles": {c: profile(c, threads) for c in cases}, "profile_machine": machine()}

@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from benchmarks.run import hold, python_of, write_page
 from experiments import figures
@@ -25,15 +25,17 @@ AXES = {
     "vocabulary": (2048, 8192, 32768),
     "tokens": (96, 192, 384, 768),
     "pairs": (4, 16, 64),
-    "width": (128, 256, 512),
+    "width": (128, 256, 512, 768, 1024, 2048),
 }
 BASE = {"vocabulary": 8192, "tokens": 192, "pairs": 16, "width": 256}
+SMALLER = {"width": {"pairs": 4}}  # else a step of the largest model would take minutes
 OURS = [sys.executable, "-m", "benchmarks.ours", "dpo-best"]
-WAYS: dict[str, tuple[list[str], dict[str, str]]] = {  # command, and what it has in its environment
-    "this project": (OURS, {}),
-    "this project, plain torch": (OURS, {"MPO_KERNELS": "reference"}),
-    "trl": ([python_of("now"), "benchmarks/peers.py", "dpo"], {}),
+WAYS = {
+    "this project": OURS,
+    "this project, plain torch": ["env", "MPO_KERNELS=reference", *OURS],
+    "trl": [python_of("now"), "benchmarks/peers.py", "dpo"],
 }
+ALONE = 2048  # the width from which on the memory of a machine holds only one way at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class ScalingConfig:
     repeats: Size = 3  # turns that count; one more goes before them
     threads: Few = 0  # threads of each process; 0: one per core
     again: bool = False  # measure again what has been measured already
+    only: Literal["", "vocabulary", "tokens", "pairs", "width"] = ""  # only this size grows; other points are kept
     out: str = "benchmarks/bench.json"  # where the numbers are kept
     figure: str = "docs/figures/scaling.png"  # where the figure goes
 
@@ -52,13 +55,18 @@ def key(sizes: dict[str, int]) -> str:
     return ", ".join(f"{k} {v}" for k, v in sizes.items())
 
 
+def point(axis: str, value: int) -> dict[str, int]:
+    """The sizes of one point of the figure."""
+    return BASE | SMALLER.get(axis, {}) | {axis: value}
+
+
 def measure(sizes: dict[str, int], config: ScalingConfig) -> dict[str, Any]:
-    """Measure one point, one way after the other: the median time of a step, in seconds, and its memory, in MiB."""
-    results = {}
-    for way, (command, more) in WAYS.items():
-        environment = {"MPO_BENCH": json.dumps(sizes)} | more
-        row = hold({way: command}, config.repeats, config.threads or cores(), environment)[way]
-        results[way] = {"seconds": row["seconds"], "step_mib": row["step_mib"]}
+    """Measure one point. The ways take turns. Returns the median time of a step, in seconds, and its memory, in MiB."""
+    groups = [{way: command} for way, command in WAYS.items()] if sizes["width"] >= ALONE else [WAYS]
+    results: dict[str, Any] = {"machine": machine()}
+    for group in groups:
+        rows = hold(group, config.repeats, config.threads or cores(), {"MPO_BENCH": json.dumps(sizes)})
+        results |= {way: {"seconds": row["seconds"], "step_mib": row["step_mib"]} for way, row in rows.items()}
     return results
 
 
@@ -66,10 +74,11 @@ def draw(points: dict[str, dict[str, Any]], path: Path) -> None:
     """Draw the figure: time above, memory below, and a column for each size that grows."""
 
     def of(way: str, axis: str, value: int) -> tuple[float, float]:
-        row = points[key(BASE | {axis: value})][way]
+        row = points[key(point(axis, value))][way]
         return row["seconds"], row["step_mib"]
 
-    lines = {axis: {way: {v: of(way, axis, v) for v in values} for way in WAYS} for axis, values in AXES.items()}
+    measured = {axis: [v for v in values if key(point(axis, v)) in points] for axis, values in AXES.items()}
+    lines = {a: {way: {v: of(way, a, v) for v in values} for way in WAYS} for a, values in measured.items() if values}
     figures.growth(lines, ("seconds a step", "memory of the step, MiB"), path)
 
 
@@ -78,20 +87,19 @@ def main(config: ScalingConfig) -> None:
     out = Path(config.out)
     everything = read_json(out) if out.exists() else {}
     kept = everything.get("scaling", {})
-    points = {} if config.again else kept.get("points", {})
-    for axis, values in AXES.items():
-        for value in values:
-            sizes = BASE | {axis: value}
-            if key(sizes) not in points:
-                points[key(sizes)] = measure(sizes, config)
-                print(
-                    key(sizes), {way: f"{row['seconds']:.2f} s" for way, row in points[key(sizes)].items()}, flush=True
-                )
-                about = {"machine": machine(), "commit": commit(), "points": points}
-                write_json(out, everything | {"scaling": about})
+    points = kept.get("points", {})
+    wanted = {key(point(a, v)): point(a, v) for a, values in AXES.items() if config.only in ("", a) for v in values}
+    if config.again:
+        points = {name: row for name, row in points.items() if name not in wanted}
+    for name in [name for name in wanted if name not in points]:
+        points[name] = measure(wanted[name], config)
+        print(name, {way: f"{points[name][way]['seconds']:.2f} s" for way in WAYS}, flush=True)
+        machines = {row.get("machine", kept.get("machine", machine())) for row in points.values()}
+        about = {"machine": " and ".join(sorted(machines)), "commit": commit(), "points": points}
+        write_json(out, everything | {"scaling": about})
     draw(points, ROOT / config.figure)
     write_page(ROOT / "docs" / "benchmarks.md", read_json(out))
-    print(f"written: {out}, {config.figure}, docs/benchmarks.md")
+    print(f"written: {out}, {config.figure}")
 
 
 if __name__ == "__main__":

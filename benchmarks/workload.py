@@ -1,7 +1,6 @@
 """The workload that this project and its peers share: the shape of a model, and token ids. Needs numpy only.
 
-The environment variable MPO_BENCH changes its sizes. It holds a JSON object with some of "vocabulary", "tokens" (of a
-prompt and its response), "pairs" (of a step) and "width".
+The environment variable MPO_BENCH changes its sizes. It holds a JSON object with some of the keys of SIZES.
 """
 
 from __future__ import annotations
@@ -12,26 +11,42 @@ from typing import Any
 
 import numpy as np
 
-SIZES = {"vocabulary": 8192, "tokens": 192, "pairs": 16, "width": 256} | json.loads(os.environ.get("MPO_BENCH", "{}"))
+SIZES: dict[str, int] = {
+    "vocabulary": 8192,
+    "tokens": 192,  # of a prompt and its response
+    "pairs": 16,  # of a step
+    "width": 256,
+    "layers": 6,
+    "heads": 0,  # of queries; 0: one for each 32 of the width
+    "kv_heads": 0,  # of keys; 0: as many as of queries
+    "ffn": 0,  # 0: 43/16 of the width
+    "tied": 0,  # 1: the embedding is also the head
+    "rollout": 32,  # prompts in one PPO iteration, and rows in one batch of generation
+    "epochs": 4,  # of PPO
+    "lora": 0,  # the rank of adapters, which alone are trained; 0: all weights are
+} | json.loads(os.environ.get("MPO_BENCH", "{}"))
+_HEADS = SIZES["heads"] or SIZES["width"] // 32
 SHAPE: dict[str, Any] = {  # in Hugging Face's names
     "vocab_size": SIZES["vocabulary"],
     "hidden_size": SIZES["width"],
-    "intermediate_size": SIZES["width"] * 43 // 16,
-    "num_hidden_layers": 6,
-    "num_attention_heads": SIZES["width"] // 32,
-    "num_key_value_heads": SIZES["width"] // 32,
-    "head_dim": 32,
+    "intermediate_size": SIZES["ffn"] or SIZES["width"] * 43 // 16,
+    "num_hidden_layers": SIZES["layers"],
+    "num_attention_heads": _HEADS,
+    "num_key_value_heads": SIZES["kv_heads"] or _HEADS,
+    "head_dim": SIZES["width"] // _HEADS,
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": False,
+    "tie_word_embeddings": bool(SIZES["tied"]),
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 3,
 }
 PROMPT, RESPONSE = SIZES["tokens"] * 2 // 3, SIZES["tokens"] // 3
 PAIRS = SIZES["pairs"]  # in one step of DPO or of the reward model
-ROLLOUT = 32  # prompts in one PPO iteration, and rows in one batch of generation
-EPOCHS, MINIBATCHES = 4, 1  # of PPO
+ROLLOUT = SIZES["rollout"]
+EPOCHS, MINIBATCHES = SIZES["epochs"], 1  # of PPO
+LORA = SIZES["lora"]
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # what gets adapters
 BETA, LR = 0.1, 1e-5
 HEADS = ((2048, 8192, 256), (4096, 32000, 256))  # N, V, D: as in one step of DPO; with the vocabulary of a real model
 
@@ -54,10 +69,11 @@ def flops(case: str) -> float:
     """The multiplications and additions in the matrix products and the attention of one step of a case in ours.py.
 
     A token costs 2 operations for each weight in the forward pass, and twice as many in the backward pass. What is
-    computed again to save memory does not count.
+    computed again to save memory does not count. Adapters are not counted: they change what is needed.
     """
     d, layers = SHAPE["hidden_size"], SHAPE["num_hidden_layers"]
-    weights = layers * (4 * d * d + 3 * d * SHAPE["intermediate_size"])
+    keys = SHAPE["num_key_value_heads"] * SHAPE["head_dim"]
+    weights = layers * (2 * d * d + 2 * d * keys + 3 * d * SHAPE["intermediate_size"])
     head = d * SHAPE["vocab_size"]
 
     def forward(prompts: int, responses: int, heads: int = 1) -> float:
@@ -69,6 +85,7 @@ def flops(case: str) -> float:
     pairs, rollout = forward(PAIRS, 2 * PAIRS), forward(ROLLOUT, ROLLOUT)
     scalar = forward(ROLLOUT, ROLLOUT, heads=0)
     return {
+        "sft": 3 * forward(PAIRS, PAIRS),
         "dpo": 4 * pairs,  # the reference forward, the policy forward and backward
         "dpo-best": 3 * pairs,
         "reward": 3 * forward(PAIRS, 2 * PAIRS, heads=0),

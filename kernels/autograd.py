@@ -29,7 +29,8 @@ class Linear(Function):
     @staticmethod
     def forward(ctx: Any, impl: Any, x: Tensor, weight: Tensor, bf16: bool) -> Tensor:
         """x (M, K), weight (N, K) -> (M, N)"""
-        ctx.save_for_backward(x, weight)
+        _, needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.impl, ctx.bf16 = impl, bf16
         product: Tensor = impl.matmul(x, weight.t(), bf16)
         return product

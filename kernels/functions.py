@@ -50,18 +50,29 @@ if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
     except ImportError:
         print("kernels: triton is not installed; using plain torch on the GPU", file=sys.stderr)
 
-_bf16 = False
+_bf16, _bf16_cache = False, False
 
 
-def use_bf16(on: bool) -> None:
-    """From now on, round the operands of matrix products to bf16, or stop doing so. Sums and results stay fp32."""
-    global _bf16
-    _bf16 = on
+def use_bf16(on: bool, products: bool = True) -> None:
+    """From now on, round to bf16, or stop doing so: the operands of matrix products, and the cache of generation.
+
+    Sums and results stay fp32. Without `products`, only the cache is rounded.
+    """
+    global _bf16, _bf16_cache
+    _bf16, _bf16_cache = on and products, on
 
 
 def in_bf16() -> bool:
-    """True where matrix products round their operands to bf16."""
-    return _bf16
+    """True where products or the cache are rounded to bf16."""
+    return _bf16_cache
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether products of bf16 numbers are faster than those of fp32 numbers on this device.
+
+    On a CPU they need an instruction of their own (AVX512-BF16). Without it each number would be converted first.
+    """
+    return device.type != "cpu" or ("cpu" in IMPLEMENTATIONS and IMPLEMENTATIONS["cpu"].MULTIPLIES_BF16)
 
 
 def _rounded(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +174,7 @@ def kv_cache(
         like: a tensor whose device the cache takes, and whose dtype, except that use_bf16(True) means bf16.
     """
     module = _implementation(impl, "KVCache", like, like)
-    dtype = torch.bfloat16 if _bf16 else like.dtype
+    dtype = torch.bfloat16 if _bf16_cache else like.dtype
     result: reference.KVCache = module.KVCache(layers, rows, length, heads, dim, dtype, like.device)
     return result
 

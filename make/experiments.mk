@@ -18,15 +18,16 @@ bench_takes := BENCH_FLAGS
 bench: .venv/.figures .peers/now/.done .peers/ppo/.done
 	@$(PY) -m benchmarks.run $(BENCH_FLAGS)
 	@$(PY) -m benchmarks.scaling --again true
+	@$(PY) -m benchmarks.real --again true
 
 # The other projects, each version in an environment of its own
-.peers/now/.done:
+.peers/now/.done: make/experiments.mk
 	$(PYTHON) -m venv .peers/now
 	.peers/now/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 trl==1.16.0 transformers==5.23.0 \
-	    cut-cross-entropy==25.1.1
+	    peft==0.21.2 cut-cross-entropy==25.1.1
 	@touch $@
 
-.peers/ppo/.done:
+.peers/ppo/.done: make/experiments.mk
 	$(PYTHON) -m venv .peers/ppo
 	.peers/ppo/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 trl==0.23.1 transformers==4.57.1
 	@touch $@

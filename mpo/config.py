@@ -119,6 +119,7 @@ class TokenizerConfig(Common):
     # Data and model
     data: str  # folder of the data stage
     model: str = ""  # a model folder, whose tokenizer is taken as it is, or the name of a preset
+    template: Literal["auto", "none"] = "auto"  # none: write dialogues without the model's chat template
     vocab: Annotated[int, Range(268)] = 4096  # pieces at most, 267 of them fixed; a small corpus yields fewer
 
 
@@ -231,10 +232,10 @@ class PPOConfig(Training):
     lam: Share = 0.95  # lambda of GAE
 
     # Optimisation
-    epochs: Size = 2  # passes over a rollout
+    epochs: Size = 1  # passes over a rollout
     minibatch: Size = 64  # rows of one optimiser step; must divide batch
     microbatch: Size = 16  # rows computed at once; must divide minibatch
-    lr: Positive = 2e-4  # peak learning rate of the policy
+    lr: Positive = 3e-4  # peak learning rate of the policy
     clip: Positive = 0.2  # the policy ratio is clipped to [1 - clip, 1 + clip]
     keep: Few = 0  # also keep N intermediate models, equally spaced, in folders step-N
 

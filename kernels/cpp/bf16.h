@@ -28,7 +28,27 @@ static inline uint32_t pair(float low, float high) {
 }
 
 static inline Pairs pair(Vec low, Vec high) {
+#if defined(__AVX512BF16__)
+    const auto half = [](Vec x) { return (Pairs)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); };
+    return half(low) | (half(high) << 16);
+#endif
     return (rounded(low) >> 16) | (rounded(high) & 0xffff0000u);
+}
+
+// The pairs of 2 LANES adjacent numbers.
+static inline Vec pairs_at(const float* x) {
+#if defined(__AVX512BF16__)
+    return (Vec)_mm512_cvtne2ps_pbh((__m512)load(x + LANES), (__m512)load(x));
+#endif
+    Pairs p;
+    for (int i = 0; i < LANES; i++) p[i] = pair(x[2 * i], x[2 * i + 1]);
+    return (Vec)p;
+}
+
+static inline Vec pairs_at(const uint16_t* x) {
+    Vec v;
+    std::memcpy(&v, x, sizeof v);
+    return v;
 }
 
 // Pack rows [first, first + W) and columns [k0, k0 + K) of m, as [K / 2, rounded up][W] pairs. Past the last row or
@@ -50,21 +70,12 @@ static void pack_pairs(const Matrix& m, int64_t first, int64_t k0, int64_t K, ui
                 std::memcpy(out + k * W + i, &p, size);
             }
         }
-    } else if (m.bf16 && rows == W && m.column == 1) {  // pairs are adjacent in memory already
+    } else if (rows == W && m.column == 1) {
         const uint16_t* half = static_cast<const uint16_t*>(m.data) + first * m.row + k0;
-        for (; k < full_pairs; k++) {
-            for (int64_t i = 0; i < W; i++) std::memcpy(out + k * W + i, half + i * m.row + 2 * k, 4);
-        }
-    } else if (!m.bf16 && rows == W && m.column == 1) {
-        for (; k + LANES / 2 <= full_pairs; k += LANES / 2) {
-            for (int64_t i = 0; i < W; i++) {
-                typedef uint64_t Both __attribute__((vector_size(LANES * 4)));
-                typedef uint32_t Words __attribute__((vector_size(LANES * 2)));
-                const Both both = (Both)rounded(load(x + i * m.row + 2 * k));
-                const Both packed = ((both >> 16) & 0xffff) | ((both >> 32) & 0xffff0000u);
-                const Words pairs = __builtin_convertvector(packed, Words);
-                for (int j = 0; j < LANES / 2; j++) out[(k + j) * W + i] = pairs[j];
-            }
+        for (; k + LANES <= full_pairs; k += LANES) {
+            float* to = reinterpret_cast<float*>(out + k * W);
+            if (m.bf16) pack_square<W>([&](int64_t i) { return pairs_at(half + i * m.row + 2 * k); }, to);
+            else pack_square<W>([&](int64_t i) { return pairs_at(x + i * m.row + 2 * k); }, to);
         }
     }
     for (; k < (K + 1) / 2; k++) {

@@ -3,12 +3,23 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "vectors.h"
 
-using Buffer = std::unique_ptr<float[]>;
-static inline Buffer buffer(int64_t size) { return Buffer(new float[std::max<int64_t>(size, 1)]); }
+// Memory for `size` numbers that begins at a cache line: a vector of it never lies in two lines.
+constexpr int64_t LINE = 64;
+struct Free {
+    void operator()(float* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+static inline Buffer buffer(int64_t size) {
+    void* p = std::aligned_alloc(LINE, (std::max<int64_t>(size, 1) * sizeof(float) + LINE - 1) / LINE * LINE);
+    if (!p) throw std::bad_alloc();
+    return Buffer(static_cast<float*>(p));
+}
 
 struct Matrix {  // fp32 or bf16; `row` and `column` are its strides, counted in numbers
     const void* data;
@@ -25,6 +36,17 @@ struct Matrix {  // fp32 or bf16; `row` and `column` are its strides, counted in
     }
 };
 
+// Pack W rows of LANES numbers as [LANES][W]; row(i) is a vector.
+template <int W, class Row>
+static inline __attribute__((always_inline)) void pack_square(const Row& row, float* out) {
+    for (int i = 0; i < W; i += LANES) {
+        Vec square[LANES]{};
+        for (int j = 0; j < std::min(LANES, W - i); j++) square[j] = row(i + j);
+        transpose(square);
+        for (int j = 0; j < LANES; j++) std::memcpy(out + j * W + i, &square[j], std::min(LANES, W - i) * 4);
+    }
+}
+
 // Pack rows [first, first + W) and columns [k0, k0 + K) of m, as [K][W]. Past the last row the numbers are 0.
 template <int W, bool BF16>
 static void pack_as(const Matrix& m, int64_t first, int64_t k0, int64_t K, float* out) {
@@ -35,8 +57,15 @@ static void pack_as(const Matrix& m, int64_t first, int64_t k0, int64_t K, float
         for (int64_t k = 0; k < K; k++) std::memcpy(out + k * W, from + k * m.column, W * sizeof(float));
         return;
     }
+    int64_t start = 0;
+    if (!BF16 && m.column == 1 && rows == W) {
+        const float* from = static_cast<const float*>(m.data) + first * m.row + k0;
+        for (; start + LANES <= K; start += LANES) {
+            pack_square<W>([&](int64_t i) { return load(from + i * m.row + start); }, out + start * W);
+        }
+    }
     constexpr int64_t BLOCK = 16;  // columns at a time: a cache line of each row
-    for (int64_t k = 0; k < K; k += BLOCK) {
+    for (int64_t k = start; k < K; k += BLOCK) {
         const int64_t end = std::min(k + BLOCK, K);
         for (int64_t i = 0; i < rows; i++) {
             for (int64_t j = k; j < end; j++) out[j * W + i] = x.at(first + i, k0 + j);
@@ -59,15 +88,15 @@ struct Tile {
 // Write the first `count` rows and `width` columns of a tile to memory, or add them to what is there.
 static inline __attribute__((always_inline)) void put(const Tile& t, int64_t count, int64_t width, bool add, float* out,
                                                       int64_t stride) {
-    if (width >= PANEL) {
-        for (int64_t i = 0; i < count; i++) {
+    const auto whole = [&](int64_t rows) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < rows; i++) {
             for (int half = 0; half < 2; half++) {
                 float* to = out + i * stride + half * LANES;
                 store(to, add ? load(to) + t.at[i][half] : t.at[i][half]);
             }
         }
-        return;
-    }
+    };
+    if (width >= PANEL) return count == ROWS ? whole(ROWS) : whole(count);  // a known number stays in registers
     for (int64_t i = 0; i < count; i++) {
         float row[PANEL];
         store(row, t.at[i][0]);

@@ -28,6 +28,37 @@ static inline Vec load(const float* from) {
 
 static inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
+// The first halves of a and b, or their second halves, interleaved: a0 b0 a1 b1 ...
+#if defined(__AVX512F__)
+static inline Vec first_halves(Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+static inline Vec second_halves(Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+#elif defined(__AVX__)
+static inline Vec first_halves(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+static inline Vec second_halves(Vec a, Vec b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#else
+static inline Vec first_halves(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+static inline Vec second_halves(Vec a, Vec b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+
+// Swap rows and columns of the LANES x LANES numbers of `rows`: log2(LANES) perfect shuffles of all numbers.
+static inline __attribute__((always_inline)) void transpose(Vec (&rows)[LANES]) {
+#pragma GCC unroll 4
+    for (int done = 1; done < LANES; done *= 2) {
+        Vec next[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = first_halves(rows[i], rows[i + LANES / 2]);
+            next[2 * i + 1] = second_halves(rows[i], rows[i + LANES / 2]);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) rows[i] = next[i];
+    }
+}
+
 // e^x for x <= 0, and 0 for x < -87. With x = n ln 2 + r, it is 2^n times the polynomial of the Cephes library for e^r.
 // NaN stays NaN.
 static inline Vec exp_(Vec x) {

@@ -13,6 +13,11 @@ from ..weight_cache import derived
 
 PANEL = 32  # a multiple of the columns of a tile, whatever the processor (PANEL in cpp/vectors.h)
 _library = ctypes.CDLL(str(library()))  # OSError where it has not been built
+LANES: int = _library.lanes()  # numbers in a vector
+MULTIPLIES_BF16 = bool(_library.multiplies_bf16())  # whether the processor has an instruction for products of bf16
+# A product in fp32 is torch's own where it has fewer rows of results or fewer terms to a sum than SMALLEST, or fewer
+# multiplications than LEAST in all: measured, for long vectors and for short ones.
+SMALLEST, LEAST = (16, 5 * 2**17) if LANES == 16 else (32, 3 * 2**19)
 
 
 Argument = Tensor | int | float | None
@@ -35,8 +40,13 @@ def matmul(a: Tensor, b: Tensor, bf16: bool = False) -> Tensor:
     """a (M, K) times b (K, N) -> (M, N). All are fp32; a and b may have any strides.
 
     With `bf16`, a and b are rounded to bf16 first, and products are still summed in fp32.
+
+    Thin and small products, such as those of an adapter, are torch's own in fp32. The rule knows nothing but shapes,
+    so that the same product is always computed in the same way.
     """
     (M, K), N = a.shape, b.shape[1]
+    if not bf16 and (min(M, K) < SMALLEST or M * N * K < LEAST):
+        return torch.mm(a, b)
     c = torch.empty(M, N)
     call("matmul", a, b, c, M, N, K, *a.stride(), *b.stride(), int(bf16), torch.get_num_threads())
     return c

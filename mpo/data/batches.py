@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpo.data.dialogue import ASSISTANT, HUMAN, form_of
-from mpo.data.rows import Row
+from mpo.data.rows import Row, Unusable
 from mpo.data.tokenizer import Tokenizer
 from mpo.kernels.packing import Packing
 from mpo.runtime import device
@@ -111,17 +111,27 @@ def encode(
 
     A response is never cut. It would lose its EOS, and the model would learn not to stop.
 
-    Returns the pairs, and how many rows were kept, cut and dropped, by reason. Raises InputError where no row is left.
+    Returns the pairs, and how many rows were kept, cut and dropped, by reason. Raises InputError where no row is left,
+    and for a row whose prompt and response a chat template joins in another way than they are joined here.
     """
     pairs, counts = [], Counter[str]()
     for row in rows:
-        prompt, cut = fit_prompt(row.prompt, tokenizer, max_prompt)
-        chosen, rejected = tokenizer.response_ids(row.chosen), tokenizer.response_ids(row.rejected)
+        try:
+            prompt, cut = fit_prompt(row.prompt, tokenizer, max_prompt)
+            chosen, rejected = tokenizer.response_ids(row.chosen), tokenizer.response_ids(row.rejected)
+            _check_whole(row, tokenizer, chosen, rejected)
+        except Unusable as e:
+            counts[f"dropped: {e}"] += 1
+            continue
         if not prompt:
             counts[f"dropped: prompt longer than {max_prompt} tokens"] += 1
         elif max(len(chosen), len(rejected)) > max_response:
             counts[f"dropped: a response longer than {max_response} tokens"] += 1
-        elif len(chosen) < 2 or len(rejected) < 2:
+        elif (
+            len(chosen) < 2
+            or len(rejected) < 2
+            or (tokenizer.turns and not (row.chosen.strip() and row.rejected.strip()))
+        ):
             counts["dropped: empty response"] += 1
         else:
             counts["cut: oldest turns of a long dialogue"] += cut > 0
@@ -130,6 +140,20 @@ def encode(
     if not pairs:
         raise InputError(f"none of {len(rows)} rows fits ({counts_text(counts)}); raise --max_prompt or --max_response")
     return pairs, {k: v for k, v in counts.items() if v}
+
+
+def _check_whole(row: Row, tokenizer: Tokenizer, *responses: list[int]) -> None:
+    """Raise InputError where the ids of the prompt and of a response do not begin those of the whole conversation."""
+    if not tokenizer.turns:
+        return
+    prompt = tokenizer.prompt_ids(row.prompt)
+    for name, ids in zip(("chosen", "rejected"), responses, strict=True):
+        if not tokenizer.turns.agrees(row.prompt, getattr(row, name), prompt + ids):
+            raise InputError(
+                f"{row.where or f'row {row.id}'}: in the form of the chat template, the prompt's ids and those of "
+                f"{name!r} are not the ids of both together; remove the row, or do without the template "
+                "(--template none of train_tokenizer.py)"
+            )
 
 
 def shuffled_batches(pairs: Sequence[Pair], batch: int, seed: int, epoch: int) -> Iterator[list[Pair]]:

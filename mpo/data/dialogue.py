@@ -9,6 +9,7 @@ A prompt has one of three forms:
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
@@ -39,6 +40,19 @@ def dialogue_text(messages: Sequence[Message]) -> str:
     if prompt.count(HUMAN) + prompt.count(ASSISTANT) != len(turns) + 1:
         raise Unusable("a turn within the text of a turn")
     return prompt
+
+
+def messages_in(prompt: str) -> list[Message]:
+    """The messages of a dialogue, as `dialogue_text` has written them; a prompt of another form is the user's message.
+
+    Text before the first turn is a system message. Space around a message is removed.
+    """
+    if form_of(prompt) != "dialogue":
+        return [("user", prompt.strip())]
+    roles = {mark: role for role, mark in MARKS.items()}
+    system, *turns = re.split(f"({HUMAN}|{ASSISTANT})", prompt)
+    messages = [(roles[mark], text.strip()) for mark, text in zip(turns[::2], turns[1::2], strict=True)]
+    return ([("system", system.strip())] if system.strip() else []) + messages[:-1]
 
 
 def prompt_of(text: str) -> str:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from mpo.data.dialogue import is_blank
-from mpo.data.rows import BYTE_ORDER_MARK, Found, Item, Row, Unusable, as_object, opened, read_jsonl
+from mpo.data.rows import BYTE_ORDER_MARK, LONGEST_LINE, Found, Item, Row, Unusable, as_object, opened, read_jsonl
 from mpo.runtime.errors import InputError
 
 LARGEST_LIST = 1 << 30  # characters: a list is read as a whole
+NUMBERS = ("margin", "noise", "score_chosen", "score_rejected")  # fields of a csv file that are not texts
 NEXT = re.compile(r"\s*([,\]])\s*")  # what may follow an item of a list
 
 
 def stem(path: Path) -> str:
     """The name of a data file without its suffixes: "rows.jsonl.gz" -> "rows"."""
-    return re.sub(r"(\.jsonl?|\.parquet)?(\.gz)?$", "", path.name)
+    return re.sub(r"(\.jsonl?|\.parquet|\.csv)?(\.gz)?$", "", path.name)
 
 
 def one_of_each(files: list[Path]) -> list[Path]:
@@ -37,12 +40,14 @@ def one_of_each(files: list[Path]) -> list[Path]:
 def read_objects(path: Path) -> Iterator[tuple[str, Item]]:
     """Yield ("file:line", object) for each row of a file. In a parquet file, the line is the number of the row.
 
-    Other files hold one object a line, or one JSON list of objects, whatever their name; .gz means gzipped.
+    Other files but .csv hold one object a line, or one JSON list of objects, whatever their name; .gz means gzipped.
 
     Raises InputError for a file that cannot be read, and naming the line for an object that is not valid.
     """
     if path.suffix == ".parquet":
         return _read_parquet(path)
+    if path.name.endswith((".csv", ".csv.gz")):
+        return _read_csv(path)
     with opened(path) as text:
         start = text.read(1 << 16).lstrip(BYTE_ORDER_MARK + " \t\r\n")
     return _read_list(path) if start.startswith("[") else read_jsonl(path)
@@ -73,6 +78,44 @@ def _read_list(path: Path) -> Iterator[tuple[str, Item]]:
         at, closed = after.end(), after[1] == "]"
     if rest := text[at:].strip():
         raise InputError(f"{path}: not valid JSON (text after the end of the list: {rest:.40})")
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Item]]:
+    """The first line names the fields. An empty cell is a field that the row does not have, unless it is a text."""
+    csv.field_size_limit(LONGEST_LINE)
+    with opened(path) as text:
+        reader = csv.reader(_without_mark(text), strict=True)
+        line, names = 1, list[str]()
+        try:
+            for cells in reader:
+                where, line = f"{path}:{line}", reader.line_num + 1
+                if not names:
+                    names = cells
+                    if len(set(names)) < len(names):
+                        raise InputError(
+                            f"{where}: two columns have the same name; the first line must name the fields"
+                        )
+                elif cells and len(cells) != len(names):
+                    raise InputError(f"{where}: has {len(cells)} cells, but the first line names {len(names)} fields")
+                elif cells:
+                    yield where, _item_of(where, dict(zip(names, cells, strict=True)))
+        except csv.Error as e:
+            raise InputError(f"{path}:{line}: not valid CSV ({e})") from None
+
+
+def _without_mark(text: TextIO) -> Iterator[str]:
+    for i, line in enumerate(text):
+        yield line if i else line.removeprefix(BYTE_ORDER_MARK)
+
+
+def _item_of(where: str, cells: dict[str, str]) -> Item:
+    item: Item = {name: cell for name, cell in cells.items() if cell or name in ("prompt", "chosen", "rejected")}
+    for name in NUMBERS:
+        try:
+            item |= {name: float(item[name])} if name in item else {}
+        except ValueError:
+            raise InputError(f"{where}: field {name!r} is {item[name]!r:.40}, not a number") from None
+    return item
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Item]]:

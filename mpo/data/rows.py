@@ -7,7 +7,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,6 +35,7 @@ class Row:
     domain: str = ""
     margin: float | None = None  # how much better the annotator finds `chosen`, if known
     noise: float | None = None  # the probability that the label is wrong, if known
+    where: str = field(default="", compare=False, repr=False)  # "file:line" that it was read from, for messages
 
 
 class Unusable(Exception):
@@ -162,6 +163,7 @@ def parse_row(where: str, item: Item) -> Row:
         domain=name_field(where, item, "domain"),
         margin=margin_field(where, item),
         noise=noise_field(where, item),
+        where=where,
     )
 
 
@@ -218,5 +220,6 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     lines = []
     for row in rows:
         item = {k: v for k, v in asdict(row).items() if v not in ("", None) or k in ("prompt", "chosen", "rejected")}
+        item.pop("where", None)
         lines.append(json.dumps(item, ensure_ascii=False))
     write_text(path, "".join(line + "\n" for line in lines))

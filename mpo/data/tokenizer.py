@@ -1,8 +1,8 @@
 """Turn prompts and responses into token ids, and train a sentencepiece tokenizer.
 
-Special tokens are added here and nowhere else: BOS once, before a prompt, if the model's texts begin with one, and EOS
-after a complete response. Prompt and response are tokenised separately and their ids joined. So the boundary is the
-same in training, sampling and scoring.
+Special tokens are added here or, for a model with a chat template, in turns.py. Here, BOS comes once, before a prompt,
+if the model's texts begin with one, and EOS after a complete response. Prompt and response are tokenised separately
+and their ids joined. So the boundary is the same in training, sampling and scoring.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Sequence
+from datetime import date
 from pathlib import Path
+from typing import Literal
 
 import sentencepiece
 
-from mpo.data.tokenizer_files import MODEL, TokenizerFiles
+from mpo.data.chat_template import ChatTemplate, Choice, record_of, recorded_choice, template_source, uses_date
+from mpo.data.tokenizer_files import MODEL, RECORD, TokenizerFiles
+from mpo.data.turns import Turns
 from mpo.data.vocabulary import Sentencepiece, Vocabulary, load_vocabulary
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_bytes
@@ -25,19 +29,28 @@ POST_PARTS = ("SUBREDDIT:", "\n\nTITLE:", "\n\nPOST:", "\n\nTL;DR:")
 
 
 class Tokenizer:
-    """A vocabulary (vocabulary.py) with the rules for special tokens."""
+    """A vocabulary (vocabulary.py) with the rules for special tokens, or with `turns`, which a chat template writes."""
 
-    def __init__(self, vocabulary: Vocabulary):
-        self.vocabulary = vocabulary
-        self.size, self.bos, self.eos, self.pad = vocabulary.size, vocabulary.bos, vocabulary.eos, vocabulary.pad
+    def __init__(self, vocabulary: Vocabulary, turns: Turns | None = None):
+        self.vocabulary, self.turns = vocabulary, turns
+        self.size, self.eos = vocabulary.size, turns.eos if turns else vocabulary.eos
+        self.bos = self.eos if vocabulary.bos == vocabulary.eos else vocabulary.bos
+        self.pad = None if vocabulary.pad == self.eos else vocabulary.pad
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """The ids of the prompt, after BOS if the model's texts begin with it. Never empty."""
+        """The ids of the prompt, after BOS if the model's texts begin with it. Never empty.
+
+        Raises Unusable for a prompt that the chat template refuses.
+        """
+        if self.turns:
+            return self.turns.prompt_ids(prompt)
         ids = self.vocabulary.encode(prompt)
         return ids if ids and not self.vocabulary.begins else [self.bos, *ids]
 
     def response_ids(self, response: str) -> list[int]:
         """The ids of a complete response, then EOS."""
+        if self.turns:
+            return self.turns.response_ids(response)
         return [*self.vocabulary.encode(response), self.eos]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -48,7 +61,13 @@ class Tokenizer:
                 break
             if i not in (self.bos, self.pad) and i < self.size:  # a model may have more embeddings than pieces
                 kept.append(int(i))
-        return self.vocabulary.decode(kept)
+        text = self.vocabulary.decode(kept)
+        return self.turns.text_of(text) if self.turns else text
+
+    def record_none(self) -> None:
+        """Record among the files that dialogues are written without the chat template, if there is one."""
+        if template_source(TokenizerFiles("the tokenizer", self.vocabulary.files)) is not None:
+            self.vocabulary.files = self.vocabulary.files | {RECORD: record_of(Choice("none"))}
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files, chat templates included, into a folder."""
@@ -56,29 +75,53 @@ class Tokenizer:
             write_bytes(folder / name, content)
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Load the tokenizer of a model or tokenizer folder. Raises InputError as `load_vocabulary` does."""
-    return Tokenizer(load_vocabulary(Path(folder)))
+def load_tokenizer(folder: str | Path, template: Literal["auto", "none"] = "auto") -> Tokenizer:
+    """Load the tokenizer of a model or tokenizer folder, with its chat template, if it has one.
+
+    template: none does without; auto does so only if the run that wrote the folder did. Raises InputError as
+    `load_vocabulary` does, and for a template that cannot be used.
+    """
+    vocabulary = load_vocabulary(Path(folder))
+    files = TokenizerFiles(str(folder), vocabulary.files)
+    source, choice = template_source(files), recorded_choice(files)
+    if source is None or "none" in (template, choice.template):
+        return Tokenizer(vocabulary)
+    if uses_date(source) and not choice.date:
+        choice = Choice(date=date.today().isoformat())
+        vocabulary.files = vocabulary.files | {RECORD: record_of(choice)}  # so that every later stage sees this day
+    return Tokenizer(vocabulary, Turns(ChatTemplate(source, files, choice.date), vocabulary))
 
 
 def shared_tokenizer(folders: Sequence[tuple[str, str]]) -> Tokenizer:
     """Load the one tokenizer of several models, which exchange token ids. `folders`: (flag, folder) of each.
 
     Raises InputError, naming two folders, where their tokenizers turn a text into different ids, and for a model with
-    fewer embeddings than the tokenizer has ids. Models of different sizes may share a tokenizer.
+    fewer embeddings than the tokenizer has ids; also where one writes dialogues with another chat template, unless the
+    first is --tokenizer, which decides. Models of different sizes may share a tokenizer.
     """
     (first_flag, first), *_ = folders
     tokenizer, seen = load_tokenizer(first), {Path(first).resolve()}
     for flag, folder in folders:
         if Path(folder).resolve() not in seen:
             seen.add(Path(folder).resolve())
-            if not _same_ids(load_tokenizer(folder).vocabulary, tokenizer.vocabulary):
+            other = load_tokenizer(folder)
+            if not _same_ids(other.vocabulary, tokenizer.vocabulary):
                 raise InputError(
                     f"{flag} {folder}: has another tokenizer than {first_flag} {first}, so that the same ids would "
                     "mean other texts; name models that were trained with one tokenizer"
                 )
+            if first_flag != "--tokenizer" and not _same_turns(other.turns, tokenizer.turns):
+                raise InputError(
+                    f"{flag} {folder}: writes a dialogue with another chat template than {first_flag} {first}, or one "
+                    "of them without; name models that were trained with one form of dialogue"
+                )
         check_rows(tokenizer, flag, folder)
     return tokenizer
+
+
+def _same_turns(one: Turns | None, other: Turns | None) -> bool:
+    """Whether two tokenizers write dialogues in the same form."""
+    return one is other if one is None or other is None else one.same_as(other)
 
 
 def _same_ids(one: Vocabulary, other: Vocabulary) -> bool:

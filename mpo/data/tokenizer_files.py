@@ -17,9 +17,11 @@ from mpo.runtime.files import read_json
 
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 OF_SPECIALS, ADDED = "special_tokens_map.json", "added_tokens.json"
+TEMPLATE = "chat_template.jinja"
+RECORD = "mpo_template.json"  # this project's own: which form dialogues have (chat_template.py)
 FILES = (
     *(MODEL, JSON, CONFIG, OF_SPECIALS, ADDED, "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *(TEMPLATE, "chat_template.json", "additional_chat_templates/*.jinja", RECORD),
 )
 LARGEST = 256 << 20  # bytes of one file
 KINDS = ("bos", "eos", "pad", "unk")
@@ -85,6 +87,15 @@ class TokenizerFiles:
                     "folder contradict; take all of a tokenizer's files from the same place"
                 )
         return texts
+
+    def token_flags(self) -> dict[str, tuple[bool, bool, bool]]:
+        """Of each added token, by its text: does space before it belong to it, and space after it; is it special?"""
+        tokens = [*self._of_json(), *_objects(self.read(CONFIG).get("added_tokens_decoder")).values()]
+        return {
+            text: (token.get("lstrip") is True, token.get("rstrip") is True, token.get("special") is not False)
+            for token in tokens
+            if isinstance(token, dict) and (text := _text(token))
+        }
 
     def begins_with_bos(self, otherwise: bool) -> bool:
         """Whether these files say that BOS begins every text; `otherwise` if they do not say.

@@ -11,12 +11,24 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import sentencepiece
 
 from mpo.data.tokenizer_files import CONFIG, JSON, KINDS, MODEL, TokenizerFiles, read_files
 from mpo.runtime.errors import InputError
+
+
+class Special(NamedTuple):
+    """A token that a chat template may write. lstrip, rstrip: the space before or after it belongs to it.
+
+    special: it may end a turn. Other added tokens, such as the line breaks of Gemma, are parts of texts.
+    """
+
+    id: int
+    lstrip: bool = False
+    rstrip: bool = False
+    special: bool = True
 
 
 class Vocabulary(Protocol):
@@ -28,6 +40,7 @@ class Vocabulary(Protocol):
     pad: int | None  # never the id of EOS; None if there is no pad token
     begins: bool  # whether BOS begins every text, as for Llama and Gemma; not so for Qwen
     files: dict[str, bytes]  # the content of its files, by name, as they are written
+    specials: dict[str, Special]  # special and added tokens, by their texts
 
     @property
     def identity(self) -> str:
@@ -35,6 +48,9 @@ class Vocabulary(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text. They never include a special token, whatever the text contains."""
+
+    def encode_after(self, text: str, special: bool) -> list[int]:
+        """The same, where other text or a special token comes before it. Some put a space only before a first text."""
 
     def decode(self, ids: list[int]) -> str:
         """The text of these ids. Special tokens are spelled out."""
@@ -62,7 +78,12 @@ class Sentencepiece:
         known = special_ids(files, self._id, {kind: id for kind, id in own.items() if id >= 0}, self.size)
         self.bos, self.eos, self.pad = _rules(files, known)
         self.begins = known["bos"] is not None and files.begins_with_bos(True)
-        self._close(model, {*map(self._id, files.special_texts()), *known.values()})
+        special = {id for id in (*map(self._id, files.special_texts()), *known.values()) if id is not None}
+        self.model = self._close(model, special)
+        special |= {*self.added, *filter(self.sp.IsControl, range(self.pieces))}
+        flags = files.token_flags()
+        self.specials = {t: Special(id, *flags.get(t, ())) for id in sorted(special) if (t := self.piece(id))}
+        self.prefixed = files.read(CONFIG).get("legacy") is True  # puts a space after special tokens, too
         pad = known["pad"] if CONFIG in files.content else self.pad
         self.files = _with_names(files, known | {"pad": pad}, self.piece, self._new_config())
 
@@ -71,11 +92,16 @@ class Sentencepiece:
         id = next((id for id, added in self.added.items() if added == text), self.sp.PieceToId(text))
         return id if self.piece(id) == text else None  # sentencepiece gives the id of <unk> for what is no piece
 
-    def _close(self, model: bytes, specials: set[int | None]) -> None:
-        """Make sure that no text is encoded into a special token, even if the model has it as an ordinary piece."""
-        inside = [i for i in specials if i is not None and i < self.pieces]
+    def _close(self, model: bytes, specials: set[int]) -> bytes:
+        """Make sure that no text is encoded into a special token, even if the model has it as an ordinary piece.
+
+        Returns the model that is then loaded.
+        """
+        inside = [i for i in specials if i < self.pieces]
         if ordinary := [i for i in inside if not self.sp.IsControl(i) and not self.sp.IsUnknown(i)]:
-            self.sp.LoadFromSerializedProto(_with_control_pieces(model, ordinary))
+            model = _with_control_pieces(model, ordinary)
+            self.sp.LoadFromSerializedProto(model)
+        return model
 
     def _new_config(self) -> dict[str, Any]:
         """A tokenizer_config.json with which transformers tokenises in the same way."""
@@ -92,6 +118,20 @@ class Sentencepiece:
         """See Vocabulary."""
         ids: list[int] = self.sp.EncodeAsIds(text)
         return ids
+
+    def encode_after(self, text: str, special: bool) -> list[int]:
+        """See Vocabulary."""
+        if special and self.prefixed:
+            return self.encode(text)
+        ids: list[int] = self._without_prefix.EncodeAsIds(text)
+        return ids
+
+    @functools.cached_property
+    def _without_prefix(self) -> Any:
+        """The same model with add_dummy_prefix off: field 3 of the normaliser's settings, which are field 3 of all."""
+        without = sentencepiece.SentencePieceProcessor()
+        without.LoadFromSerializedProto(self.model + bytes((3 << 3 | 2, 2, 3 << 3, 0)))  # the last value counts
+        return without
 
     def decode(self, ids: list[int]) -> str:
         """See Vocabulary."""
@@ -123,7 +163,7 @@ class TokenizerJson:
         try:
             import tokenizers
         except ImportError:
-            raise InputError(f"{where}: needs the tokenizers package ({_pip_install('tokenizers')})") from None
+            raise InputError(f"{where}: needs the tokenizers package ({pip_install('tokenizers')})") from None
         try:
             self.text = files.content[JSON].decode()
             self.tokenizer = tokenizers.Tokenizer.from_str(self.text)
@@ -135,8 +175,12 @@ class TokenizerJson:
         self.begins = known["bos"] is not None and files.begins_with_bos(False)
         # Text that looks like a special token stays text.
         specials = {self.piece(id) for id in known.values() if id is not None}
-        self.tokenizer.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in sorted(specials)])
+        self.closed = [tokenizers.AddedToken(t, normalized=False) for t in sorted(specials)]
+        self.tokenizer.add_special_tokens(self.closed)
         self.tokenizer.encode_special_tokens = True
+        added, flags = self.tokenizer.get_added_tokens_decoder(), files.token_flags()
+        self.specials = {t.content: Special(id, *flags.get(t.content, ())) for id, t in added.items()}
+        self.prefixed = _prefixes(files.read(JSON))
         self.files = _with_names(files, known, self.piece, {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     @functools.cached_property
@@ -151,6 +195,26 @@ class TokenizerJson:
         """See Vocabulary."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_after(self, text: str, special: bool) -> list[int]:
+        """See Vocabulary."""
+        tokenizer = self.tokenizer if special and self.prefixed else self._without_prefix
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    @functools.cached_property
+    def _without_prefix(self) -> Any:
+        """The same tokenizer with all that puts a space before a text switched off."""
+        whole = json.loads(self.text)
+        if not any(_prefixers(whole)):
+            return self.tokenizer
+        for part in _prefixers(whole):
+            part |= {"Prepend": {"prepend": ""}, "Metaspace": {"prepend_scheme": "never"}}.get(part["type"], {})
+            part |= {"add_prefix_space": False} if "add_prefix_space" in part else {}
+        without = type(self.tokenizer).from_str(json.dumps(whole))
+        without.add_special_tokens(self.closed)
+        without.encode_special_tokens = True
+        return without
 
     def decode(self, ids: list[int]) -> str:
         """See Vocabulary."""
@@ -284,12 +348,28 @@ def _compare_with_json(files: TokenizerFiles, sp: Any, added: dict[int, str]) ->
             )
 
 
+def _prefixers(whole: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of a tokenizer.json that put a space before texts."""
+    parts = [whole.get("normalizer"), whole.get("pre_tokenizer")]
+    for part in parts:
+        if isinstance(part, dict):
+            parts += [*(part.get("normalizers") or ()), *(part.get("pretokenizers") or ())]
+    given = [part for part in parts if isinstance(part, dict)]
+    byte_level = [part for part in given if part.get("type") == "ByteLevel" and part.get("add_prefix_space")]
+    return byte_level + [part for part in given if part.get("type") in ("Prepend", "Metaspace")]
+
+
+def _prefixes(whole: dict[str, Any]) -> bool:
+    """Whether these parts put a space before every text, not only before the first one."""
+    return any(part.get("prepend_scheme", "always") == "always" for part in _prefixers(whole))
+
+
 def _with_first_space(text: str, first: str) -> str:
     """Put back the first space, which a vocabulary that puts a space before every text removes when it decodes."""
     return " " + text if first.startswith("▁") and not text.startswith(" ") else text
 
 
-def _pip_install(package: str) -> str:
+def pip_install(package: str) -> str:
     """The command that installs a package for the Python that is running."""
     here = os.path.relpath(sys.executable)
     return f"{sys.executable if here.startswith('..') else here} -m pip install {package}"

@@ -402,7 +402,8 @@ class Trunk(nn.Module):
             return lambda ids: all_layers(self.embed(ids), *self.ropes(cache.lengths)[0])
 
         def step(ids: Tensor) -> Tensor:
-            x, blocks = self.embed(ids), self.blocks if whole else distributed.in_turn(self.blocks)
+            x = self.embed(ids)
+            blocks = self.blocks if whole else distributed.in_turn(self.blocks)
             for i, (block, rope) in enumerate(zip(blocks, self.ropes(cache.lengths), strict=True)):
                 compute = type(block).compute  # never torch.compile's, since the cache grows at each step
                 x = compute(block, x, rope, None, cache, i)
@@ -462,7 +463,6 @@ class Llama(nn.Module):
         """An empty cache for `rows` texts of at most `length` tokens. `whole`: see Trunk.decoder."""
         c = self.config
         sizes = c.num_hidden_layers, rows, length, c.num_key_value_heads, c.head_dim
-        # The compiled kernel copies the weights of all layers before it begins.
         impl = None if whole and self.model.has_kernel(length) else "reference"
         return kernels.kv_cache(*sizes, self.lm_head.weight, impl=impl)
 

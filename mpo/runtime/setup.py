@@ -9,6 +9,7 @@ from mpo.kernels import functions as kernels
 from mpo.runtime import allocator, device, distributed
 from mpo.runtime.cores import threads
 from mpo.runtime.errors import InputError
+from mpo.runtime.output import note
 
 
 def setup_torch(config: Common) -> None:
@@ -25,5 +26,16 @@ def setup_torch(config: Common) -> None:
     distributed.start(getattr(config, "shard", False))
     torch.set_num_threads(threads(config.threads))
     torch.set_flush_denormal(True)
-    kernels.use_bf16(precision == "bf16-mixed")
+    use_bf16(precision == "bf16-mixed")
     allocator.configure(frugal=getattr(config, "recompute", False))
+
+
+def use_bf16(mixed: bool) -> None:
+    """Round to bf16 what `--precision bf16-mixed` asks for, except products where that would make them slower."""
+    products = kernels.multiplies_bf16(device.current())
+    kernels.use_bf16(mixed, products)
+    if mixed and not products:
+        note(
+            "bf16-mixed: this processor has no products of bf16 numbers (avx512_bf16), so products stay in fp32; only "
+            "the cache of generation is bf16"
+        )

@@ -95,9 +95,8 @@ def adafactor(g: Tensor, state: State, t: int, eps: float) -> Tensor:
     else:
         rows = state["rows"].lerp_(square.mean(1), 1 - decay)
         columns = state["columns"].lerp_(square.mean(0), 1 - decay)
-        root = (rows / rows.mean()).sqrt()[
-            :, None
-        ] * columns.sqrt()  # the product of a row without a gradient would be 0
+        # Not the root of the product, which would be 0 in the row of a token without a gradient.
+        root = (rows / rows.mean()).sqrt()[:, None] * columns.sqrt()
     update = g / root
     return update / max(1.0, float(update.square().mean().sqrt()))
 

@@ -54,6 +54,39 @@ def test_an_empty_list_has_no_objects(tmp_path):
     assert list(read_objects(tmp_path / "data.json")) == []
 
 
+@pytest.mark.parametrize("name", ["data.csv", "data.csv.gz"])
+def test_a_csv_file_gives_its_rows_with_the_line_each_begins_on(tmp_path, name):
+    text = "\ufeffid,prompt,chosen,rejected,margin\r\n"
+    text += 'a,"Say ""hi"",\nplease",Hi,,0.5\r\n\r\n,What?,"1,2",3,\r\n'
+    content = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert list(read_objects(tmp_path / name)) == [
+        (
+            f"{tmp_path / name}:2",
+            {"id": "a", "prompt": 'Say "hi",\nplease', "chosen": "Hi", "rejected": "", "margin": 0.5},
+        ),
+        (f"{tmp_path / name}:5", {"prompt": "What?", "chosen": "1,2", "rejected": "3"}),
+    ]
+    assert stem(tmp_path / name) == "data"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompt,chosen\na,b,c\n", ":2: has 3 cells, but the first line names 2 fields"),
+        ("prompt,prompt\na,b\n", ":1: two columns have the same name"),
+        ('prompt,chosen\na,"b\n', ":2: not valid CSV"),
+        ("prompt,margin\na,b\n", ":2: field 'margin' is 'b', not a number"),
+        (f"prompt\n{'x' * (1 << 24)}x\n", ":2: not valid CSV"),
+    ],
+)
+def test_a_damaged_csv_file_is_refused_with_the_line(tmp_path, text, message):
+    (tmp_path / "data.csv").write_text(text)
+    with pytest.raises(InputError, match=f"data.csv{message}") as refused:
+        list(read_objects(tmp_path / "data.csv"))
+    assert "\n" not in str(refused.value)
+
+
 def test_a_parquet_file_gives_its_rows(tmp_path):
     pyarrow = pytest.importorskip("pyarrow", reason="the optional package pyarrow is not installed")
     from pyarrow import parquet

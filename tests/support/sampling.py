@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.fsdp  # here once, and not in every process
+import torch.distributed.fsdp
 
 from mpo.model import generate as generation
 from mpo.model.generate import Sampling, generate
@@ -29,14 +29,15 @@ from tests.support.group import free_port
 EOS = 2
 # Those of the first half are longer, so that its processes compute more groups of prompts; two prompts are equal.
 PROMPTS = [[1, 5, 9, 30, 31, 32], [1, 7, 7, 8, 9], [1, 40, 41, 42, 43, 44, 45], [1, 8, 8], [1, 20], [1, 20], [1, 3]]
-# The weights of the model, and how they are sampled from.
+# The weights of the model, and how they are sampled from. Rounded to bf16, other rows at a time would be other numbers.
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("fp32", {}),
     ("fp32", {"whole": False}),
     ("fp32", {"whole": False, "rows": 1}),
-    ("adapters", {"whole": False}),
-    ("bf16", {}),
-    ("bf16", {"whole": False}),  # other rows at a time would be other numbers
+    ("fp32, adapters", {}),
+    ("fp32, adapters", {"whole": False}),
+    ("bf16, adapters", {}),
+    ("bf16, adapters", {"whole": False}),
 ]
 
 
