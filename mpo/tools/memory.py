@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -291,7 +291,7 @@ def choose_way(config: Any, c: LlamaConfig, use: Load, parts: int, cpu: bool, ro
 
 def way_within(config: Any, c: LlamaConfig, processes: int, base: float, cpu: bool, capacity: float) -> Way:
     """The way to sample on devices with this capacity in bytes; see `lines`."""
-    use, held = load_of(config, c, processes), sum(line.bytes for line in always(config, c, processes, base))
+    use, held = load_of(config, c, processes), total(always(config, c, processes, base))
     return choose_way(config, c, use, parts_of(config, processes), cpu, SHARE * (capacity - held))
 
 
@@ -333,18 +333,33 @@ def always(config: Any, c: LlamaConfig, processes: int, base: float) -> list[Lin
     return plan
 
 
-def learning(config: Training, c: LlamaConfig, parts: int, use: Load, cpu: bool) -> list[Line]:
-    """What one process holds besides that when it computes gradients."""
+def learning(config: Training, c: LlamaConfig, processes: int, use: Load, cpu: bool) -> list[Line]:
+    """What one process holds besides that when it computes gradients.
+
+    Layer by layer, gradients appear as activations are freed. So one of the two ends of the backward pass is its worst
+    moment: when no layer has a gradient yet, or when only one layer's activations are left. But in any microbatch after
+    the first one of a step, the gradients of those before are there all the time.
+    """
     held, layers, D = bytes_of_weight(config), c.num_hidden_layers, c.hidden_size
-    gradients = (FLOAT if config.lora_rank else held) * use.trained / parts
+    weight = FLOAT if config.lora_rank else held  # bytes; adapters are in fp32
+    gradients = Line("gradients", weight * use.trained / parts_of(config, processes))
     layer: float = FLOAT * use.tokens * layer_activations(c)
     if held < FLOAT or not cpu:
-        targets = config.lora_targets if config.lora_rank and held < FLOAT else ""
-        layer = plain_layer(c, use, held, adapted_inputs(c, targets) if targets else 0)
+        adapted = config.lora_rank and held < FLOAT
+        layer = plain_layer(c, use, held, adapted_inputs(c, config.lora_targets) if adapted else 0)
     kept = layers * held * use.tokens * D + layer if config.recompute else layers * layer
-    activations = use.models * (kept + held * (2 * use.tokens * D + use.responses * D))
-    # Gradients appear as activations are freed, but do not fit into the holes, so that both count.
-    return [Line("gradients", gradients), Line("activations", activations)]
+    outside = held * (2 * use.tokens * D + use.responses * D)  # of the layers
+    everything = Line("activations", use.models * (kept + outside))
+    step = config.minibatch if isinstance(config, PPOConfig) else config.batch
+    if step > config.microbatch * processes:
+        return [gradients, everything]
+    one = Line("activations of one layer", use.models * (layer + outside))
+    return max([everything], [gradients, one], key=total)
+
+
+def total(plan: Sequence[Line]) -> float:
+    """Bytes of all lines."""
+    return sum(line.bytes for line in plan)
 
 
 def lines(
@@ -372,7 +387,7 @@ def lines(
     )  # besides what is kept
     head = 2 * FLOAT * min(HEAD_COLUMNS, V * use.responses) + FLOAT * V * c.hidden_size
     working = passing + (head if use.trained and use.responses else 0.0)
-    taught = learning(config, c, parts, use, cpu) if isinstance(config, Training) else []
+    taught = learning(config, c, processes, use, cpu) if isinstance(config, Training) else []
     taught.append(Line("head, and what a layer needs for a moment", working))
     if not use.sampled:
         return plan + taught
@@ -383,7 +398,7 @@ def lines(
         Line(at_once, cache),
         Line("sampling" if way.whole else "sampling, one layer gathered after the other", rest),
     ]
-    return plan + max(sampling, taught, key=lambda part: sum(line.bytes for line in part))  # they take turns
+    return plan + max(sampling, taught, key=total)  # they take turns
 
 
 def optimiser_bytes(config: Training, c: LlamaConfig, use: Load) -> float:
@@ -450,13 +465,13 @@ def show(config: Training | SplitConfig | EvalConfig) -> None:
     each = "one process" if processes == 1 else f"{processes} processes, each"
     size = f"a model of {parameters(c) / 1e6:,.1f} M parameters, {each}"
     print(f"plan of {Path(config.out).name}, at worst ({longest_rows(config)}): {size}:")
-    total = sum(line.bytes for line in plan)
+    needed = total(plan)
     width = max(len(line.what) for line in plan)
-    for line in [*plan, Line("total", total)]:
+    for line in [*plan, Line("total", needed)]:
         print(f"  {line.what:{width}} {line.bytes / 2**20:10,.0f} MB")
-    if total * here > available():
+    if needed * here > (free := available()):
         print(
-            f"warning: {here} such processes need {total * here / 2**30:,.1f} GB, {available() / 2**30:,.1f} are free; "
+            f"warning: {here} such processes need {needed * here / 2**30:,.1f} GB, {free / 2**30:,.1f} are free; "
             "lower --microbatch, --max_prompt or --max_response; or use --recompute, --lora_rank, --precision, --shard"
         )
     if device.current().type == "cpu" and allocator.loses_memory():

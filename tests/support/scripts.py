@@ -57,6 +57,7 @@ def _child(words: list[str], cwd: Path, environment: dict[str, str], out: Path, 
     """Run a script in this process, which was forked to do so."""
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
     os.environ |= environment
     os.chdir(cwd)
     sys.argv = words

@@ -130,7 +130,7 @@ FRUGAL = ("--precision", "bf16", "--optimiser", "adafactor")
             "small",
             "dpo",
             ("--lora_rank", "8"),
-            marks=pytest.mark.xfail(reason="868 MB planned, 1,031 measured since frozen layers keep no input"),
+            marks=pytest.mark.xfail(reason="865 MB planned, 1,040 measured since products divide the work otherwise"),
         ),
         ("mini", "ppo", ("--recompute", "true", "--lora_rank", "8")),
     ],
@@ -152,12 +152,15 @@ def test_flags_that_save_memory_lower_the_total_of_the_plan():
     assert total(DPOConfig(**flags, recompute=True), c) < whole
     assert total(DPOConfig(**flags, microbatch=8), c) < whole
     wide = small_config(num_hidden_layers=20, hidden_size=96, intermediate_size=256, head_dim=24)
-    totals = [
-        total(DPOConfig(**flags, precision=precision, optimiser=optimiser), wide)
+    totals = {
+        (precision, optimiser): total(DPOConfig(**flags, precision=precision, optimiser=optimiser), wide)
         for precision in ("fp32", "bf16")
         for optimiser in ("adamw", "adafactor")
-    ]
-    assert totals == sorted(totals, reverse=True)
+    }
+    for one in ("fp32", "bf16"):
+        assert totals[one, "adafactor"] < totals[one, "adamw"]
+    for one in ("adamw", "adafactor"):
+        assert totals["bf16", one] < totals["fp32", one]
     assert total(DPOConfig(**flags, lora_rank=2), c) < whole
     assert total(DPOConfig(**flags), c, 2) < whole  # each process has a smaller share of the batch
     assert total(DPOConfig(**flags, shard=True), c, 4) < total(DPOConfig(**flags), c, 4)
@@ -221,6 +224,20 @@ def test_the_plan_says_how_to_avoid_that_glibc_loses_memory(hh_run, tmp_path, mo
     assert loses == allocator.loses_memory()
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0")
     assert "GLIBC_TUNABLES" not in run_script("train_dpo.py", *flags, "--plan", "true").stdout
+
+
+def test_gradients_and_all_activations_are_there_at_once_only_if_a_step_has_several_microbatches():
+    c = small_config(num_hidden_layers=20)
+    flags = {"out": "", "data": "", "model": ""}
+    for config, activations in (
+        (DPOConfig(**flags, microbatch=8, batch=8), True),
+        (DPOConfig(**flags, microbatch=1, batch=1, max_prompt=2, max_response=2), False),
+    ):
+        held = {line.what: line.bytes for line in lines(config, c)}
+        assert ("activations" in held, "gradients" in held) == (activations, not activations)
+    held = {line.what: line.bytes for line in lines(DPOConfig(**flags, microbatch=8, batch=16), c)}
+    assert held["gradients"] == 4 * parameters(c)
+    assert "activations" in held
 
 
 def test_the_flag_plan_prints_the_plan_and_writes_nothing(hh_run, tmp_path):
