@@ -59,14 +59,16 @@ def way(case: str) -> Way:
     return functions[case]
 
 
-def step(case: str, N: int, V: int, D: int) -> Callable[[], object]:
+def step(
+    case: str, N: int, V: int, D: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[], object]:
     """One step of a case at a size. "-backward" adds the gradient of the sum of the log-probs."""
     backward = case.endswith("-backward")
     function = way(case.removesuffix("-backward"))
     draw = torch.Generator().manual_seed(0)
-    h, rh = (torch.randn(N, D, generator=draw) for _ in range(2))
-    w, rw = (torch.randn(V, D, generator=draw) * 0.1 for _ in range(2))
-    targets = torch.randint(V, (N,), generator=draw)
+    h, rh = (torch.randn(N, D, generator=draw).to(device, dtype) for _ in range(2))
+    w, rw = ((torch.randn(V, D, generator=draw) * 0.1).to(device, dtype) for _ in range(2))
+    targets = torch.randint(V, (N,), generator=draw).to(device)
     rest = (rh, rw) if "-pair" in case else ()
     if not backward:
         return torch.no_grad()(lambda: function(h, w, targets, *rest))
@@ -81,6 +83,6 @@ def step(case: str, N: int, V: int, D: int) -> Callable[[], object]:
 
 
 if __name__ == "__main__":
-    name, (*sizes, threads) = turns.arguments("python -m benchmarks.heads CASE N V D THREADS", 4)
+    name, (N, V, D, threads) = turns.arguments("python -m benchmarks.heads CASE N V D THREADS", 4)
     torch.set_num_threads(threads)
-    turns.serve(step(name, *sizes))
+    turns.serve(step(name, N, V, D))

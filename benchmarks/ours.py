@@ -14,7 +14,16 @@ from mpo.config import PPOConfig
 from mpo.data.batches import Pair, make_batch
 from mpo.data.rows import Row
 from mpo.model.generate import Sampling, generate
-from mpo.model.llama import Adapters, Llama, LlamaConfig, ScalarModel, ValueHead, initialise, scalar_from
+from mpo.model.llama import (
+    Adapters,
+    Llama,
+    LlamaConfig,
+    ScalarModel,
+    ValueHead,
+    configure_layers,
+    initialise,
+    scalar_from,
+)
 from mpo.model.logprobs import response_logprobs
 from mpo.model.lora import BaseModel, attach, critic_on, first_values
 from mpo.model.scoring import score_pairs
@@ -24,15 +33,29 @@ from mpo.ppo.rollout import roll_out
 from mpo.ppo.update import Experience, update
 from mpo.preference.logps import pair_logps, reference_logps
 from mpo.preference.losses import PREFERENCE_LOSSES, bradley_terry
+from mpo.runtime import device
 from mpo.runtime.setup import setup_torch
 from mpo.training.optimisers import make_optimiser, optimiser_step
+
+Model = TypeVar("Model", Llama, ScalarModel)
+
+
+def place(made: Model) -> Model:
+    """The same model on the device, with its layers compiled if the workload says so."""
+    configure_layers(made, recompute=False, compiled=w.COMPILE)
+    return made.to(device.current())
 
 
 def model(seed: int) -> Llama:
     """The workload's model with random weights."""
     llama = Llama(LlamaConfig(**w.SHAPE))
     initialise(llama, torch.Generator().manual_seed(seed))
-    return llama
+    return place(llama)
+
+
+def scalar(seed: int) -> ScalarModel:
+    """The same with a scalar head."""
+    return place(scalar_from(model(seed), torch.Generator().manual_seed(seed + 1)))
 
 
 def adapters() -> Adapters:
@@ -40,15 +63,12 @@ def adapters() -> Adapters:
     return Adapters(w.LORA, 16.0, w.TARGETS, seed=0, base="")
 
 
-Model = TypeVar("Model", Llama, ScalarModel)
-
-
 def to_train(made: Model) -> Model:
     """The same model, with adapters if the workload trains only these."""
     if w.LORA:
         attach(made, adapters())
         made.load_state_dict(first_values(made, adapters()), strict=False)
-    return made
+    return made.to(device.current())
 
 
 def pairs() -> list[Pair]:
@@ -70,9 +90,9 @@ def sft() -> Callable[[], object]:
     return step
 
 
-def dpo(cached: bool) -> Callable[[], object]:
+def dpo(cached: bool, policy: Llama | None = None) -> Callable[[], object]:
     """A DPO step. The reference's log-probs are computed once in advance (`cached`), or in every step."""
-    policy = to_train(model(0))
+    policy = to_train(policy or model(0))
     ref = policy if w.LORA else model(0)  # an untrained adapter changes nothing
     optimiser, rows = make_optimiser(policy, w.LR, 0.0), pairs()
     cache = reference_logps(ref, rows, w.PAIRS)
@@ -88,7 +108,7 @@ def dpo(cached: bool) -> Callable[[], object]:
 
 def reward() -> Callable[[], object]:
     """A training step of the reward model."""
-    rm = to_train(scalar_from(model(0), torch.Generator().manual_seed(1)))
+    rm = to_train(scalar(0))
     optimiser, rows = make_optimiser(rm, w.LR, 0.0), pairs()
 
     def step() -> None:
@@ -105,14 +125,12 @@ def ppo(shared: bool) -> Callable[[], object]:
     """
     policy = to_train(model(0))
     ref = BaseModel(policy) if w.LORA else model(0).requires_grad_(False)
-    rm = scalar_from(model(1), torch.Generator().manual_seed(1))
+    rm = scalar(1)
     value_model: ScalarModel | ValueHead
     if shared:
-        value_model = ValueHead(policy.config.hidden_size)
+        value_model = ValueHead(policy.config.hidden_size).to(device.current())
     else:
-        value_model = (
-            critic_on(policy, adapters()) if w.LORA else scalar_from(model(2), torch.Generator().manual_seed(2))
-        )
+        value_model = place(critic_on(policy, adapters())) if w.LORA else scalar(2)
     config = PPOConfig(
         out="",
         prompts="",

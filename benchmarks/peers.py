@@ -1,4 +1,7 @@
-"""The peers' cases of the benchmark, run in the peers' own environments: python peers.py CASE THREADS"""
+"""The peers' cases of the benchmark, run in the peers' own environments: python peers.py CASE THREADS
+
+NAME-bf16 is the case NAME as the peer computes it in bf16: its trainers by autocast, generation with weights in bf16.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import torch
 import turns
 import workload as w
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
+
+BF16 = False  # set below, by the case
 
 
 class Turns(TrainerCallback):
@@ -73,8 +78,8 @@ def common(folder: str) -> dict:
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
-        use_cpu=True,
-        bf16=False,
+        use_cpu=w.DEVICE == "cpu",
+        bf16=BF16,
         gradient_checkpointing=False,
         disable_tqdm=True,
         dataloader_pin_memory=False,
@@ -175,8 +180,8 @@ def ppo() -> None:
             stop_token_id=-1,  # no token ends a response
             save_strategy="no",
             report_to=[],
-            use_cpu=True,
-            bf16=False,
+            use_cpu=w.DEVICE == "cpu",
+            bf16=BF16,
             disable_tqdm=True,
             dataloader_pin_memory=False,
             gradient_checkpointing=False,
@@ -197,8 +202,8 @@ def ppo() -> None:
 
 def generation() -> None:
     """transformers' `generate`, sampling from the whole distribution."""
-    policy = LlamaForCausalLM(LlamaConfig(**w.SHAPE)).eval()
-    prompts = torch.tensor(w.tokens(w.ROLLOUT, w.PROMPT))
+    policy = LlamaForCausalLM(LlamaConfig(**w.SHAPE)).eval().to(w.DEVICE, torch.bfloat16 if BF16 else torch.float32)
+    prompts = torch.tensor(w.tokens(w.ROLLOUT, w.PROMPT)).to(w.DEVICE)
     lengths = dict(min_new_tokens=w.RESPONSE, max_new_tokens=w.RESPONSE)
     with torch.no_grad():
         turns.serve(
@@ -210,7 +215,12 @@ def generation() -> None:
 
 if __name__ == "__main__":
     cases = {"sft": sft, "dpo": dpo, "reward": reward, "generate": generation, "ppo": ppo}
-    case, (threads,) = turns.arguments("python benchmarks/peers.py CASE THREADS", cases=cases)
+    case, (threads,) = turns.arguments(
+        "python benchmarks/peers.py CASE THREADS", cases=[*cases, *(f"{c}-bf16" for c in cases)]
+    )
+    if w.DEVICE == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"the peer's torch {torch.__version__} reaches no GPU")
+    BF16 = case.endswith("-bf16")
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    cases[case]()
+    cases[case.removesuffix("-bf16")]()

@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Collection
+from typing import Any
 
 _out = os.fdopen(
     os.dup(1), "w", encoding="utf-8"
@@ -35,6 +36,8 @@ def arguments(usage: str, numbers: int = 1, cases: Collection[str] = ()) -> tupl
 
 def ready() -> None:
     """Report that everything is loaded."""
+    if gpu := _gpu():
+        gpu.reset_peak_memory_stats()
     print(json.dumps({"ready": True, "mib": _mib()}), file=_out, flush=True)
 
 
@@ -46,7 +49,9 @@ def wait() -> float:
 
 
 def report(began: float, **more: float) -> None:
-    """Report how long the turn took that began at this time."""
+    """Report how long the turn took that began at this time. A GPU first does all that it was asked to do."""
+    if gpu := _gpu():
+        gpu.synchronize()
     result = {"seconds": time.perf_counter() - began, "peak_mib": _mib()} | more
     print(json.dumps(result), file=_out, flush=True)
 
@@ -60,6 +65,14 @@ def serve(step: Callable[[], object]) -> None:
         report(began)
 
 
+def _gpu() -> Any:
+    """torch.cuda where this process uses it, else None."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch and torch.cuda.is_initialized() else None
+
+
 def _mib() -> float:
-    """The most memory that this process has used so far, in MiB."""
+    """The most memory that this process has used so far, in MiB; on a GPU, that of tensors since `ready`."""
+    if gpu := _gpu():
+        return gpu.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

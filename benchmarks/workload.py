@@ -1,6 +1,7 @@
 """The workload that this project and its peers share: the shape of a model, and token ids. Needs numpy only.
 
-The environment variable MPO_BENCH changes its sizes. It holds a JSON object with some of the keys of SIZES.
+The environment variable MPO_BENCH changes its sizes and where it is computed. It holds a JSON object with some of the
+keys of SIZES.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-SIZES: dict[str, int] = {
+SIZES: dict[str, Any] = {
     "vocabulary": 8192,
     "tokens": 192,  # of a prompt and its response
     "pairs": 16,  # of a step
@@ -24,7 +25,10 @@ SIZES: dict[str, int] = {
     "rollout": 32,  # prompts in one PPO iteration, and rows in one batch of generation
     "epochs": 4,  # of PPO
     "lora": 0,  # the rank of adapters, which alone are trained; 0: all weights are
+    "device": "cpu",  # or cuda; both sides compute on it
+    "compile": False,  # whether this project compiles its layers
 } | json.loads(os.environ.get("MPO_BENCH", "{}"))
+DEVICE, COMPILE = SIZES["device"], bool(SIZES["compile"])
 _HEADS = SIZES["heads"] or SIZES["width"] // 32
 SHAPE: dict[str, Any] = {  # in Hugging Face's names
     "vocab_size": SIZES["vocabulary"],

@@ -7,11 +7,13 @@ from older sources, or on another machine, is never loaded.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 SOURCES = Path(__file__).with_name("cpp")
@@ -35,6 +37,24 @@ def compiler() -> str | None:
         (path for name in (os.environ.get("CXX"), "c++", "g++", "clang++") if name and (path := shutil.which(name))),
         None,
     )
+
+
+def triton_lacks() -> str:
+    """What keeps Triton from running here, as a message; "" if nothing does.
+
+    Triton compiles its kernels itself, but needs a C compiler ($CC, gcc or clang) and Python's headers for the code
+    that starts them. Many images for GPUs have neither. Its interpreter needs neither.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return ""
+    if not any(shutil.which(name) for name in (os.environ.get("CC"), "gcc", "clang") if name):
+        return "Triton needs a C compiler (gcc or clang; or set CC)"
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").exists():
+        return f"Triton needs Python's headers, and {headers} has no Python.h (install python3-dev)"
+    return ""
 
 
 def build(target: Path | None = None) -> Path:

@@ -42,13 +42,14 @@ except OSError:
         )
 
 
-if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+# device_count does not start CUDA, as is_available would; a process that has started it cannot use it after a fork.
+if torch.cuda.device_count() or os.environ.get("TRITON_INTERPRET") == "1":
     try:
         from . import gpu
 
         IMPLEMENTATIONS["gpu"] = gpu
-    except ImportError:
-        print("kernels: triton is not installed; using plain torch on the GPU", file=sys.stderr)
+    except ImportError as e:
+        print(f"kernels: {e}; using plain torch on the GPU", file=sys.stderr)
 
 _bf16, _bf16_cache = False, False
 

@@ -1,6 +1,6 @@
-# Comparisons over seeds (docs/experiments.md), and this project timed beside others (docs/benchmarks.md).
+# Comparisons over seeds (docs/experiments.md), this project timed beside others (docs/benchmarks.md) and on a GPU.
 
-goals += ablate claims bench
+goals += ablate claims bench gpu-check
 
 # Compare losses, advantage estimators, splits, ...: GRID names a grid of experiments/ablate.py, or VARY and VALUES
 # name a make variable and its values. POLICY is the policy that is trained.
@@ -19,6 +19,11 @@ bench: .venv/.figures .peers/now/.done .peers/ppo/.done
 	@$(PY) -m benchmarks.run $(BENCH_FLAGS)
 	@$(PY) -m benchmarks.scaling --again true
 	@$(PY) -m benchmarks.real --again true
+
+# All that has to be known of a GPU, in 8 minutes at most (docs/hardware.md); REHEARSE=1: the same on the CPU
+gpu-check_takes := REHEARSE GPU_FLAGS
+gpu-check: .venv/.gpu .venv/.ready
+	@$(PY) -m benchmarks.gpu $(if $(REHEARSE),--rehearse true) $(GPU_FLAGS)
 
 # The other projects, each version in an environment of its own
 .peers/now/.done: make/experiments.mk

@@ -31,7 +31,7 @@ $(call check,POLICIES RMS,'^[A-Z]+=[A-Za-z0-9 _.-]*$$',names with spaces between
 $(call check,$(filter %_FLAGS,$(.VARIABLES)),'^[A-Za-z0-9_-]+=[^;&|<>`$$]*$$',flags without signs that mean something to the shell)
 
 # A switch is on with 1 and off without a value.
-switches := QUICK BF16 SHARD REDUCED REDO
+switches := QUICK BF16 SHARD REDUCED REDO REHEARSE
 $(foreach name,$(switches),$(if $(filter-out 1,$($(name))),$(error $(name)=$($(name)): must be 1, or left out)))
 
 # The two goals hh and tldr set the task.

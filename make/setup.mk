@@ -8,6 +8,14 @@ PY     := .venv/bin/python
 
 setup: .venv/.dev
 
+# PY=python3 names an interpreter that has all packages, as images for GPUs do. Nothing is installed then.
+ifneq ($(PY),.venv/bin/python)
+.venv/bin/python .venv/.runtime .venv/.figures .venv/.dev .venv/.parity .venv/.gpu:
+	@:
+.venv/.ready:
+	@$(PY) kernels/build.py
+else
+
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 setup"; exit 2; }
@@ -53,3 +61,5 @@ locked = $(PY) requirements/pick.py $(1) > .venv/$(1).txt && $(PIP) install --qu
 .venv/.gpu: .venv/.dev
 	$(call locked,gpu)
 	@touch $@
+
+endif

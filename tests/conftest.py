@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+# The tests are those of the CPU, whatever the machine has; `make gpu-check` runs some of them on a GPU (on_device.py).
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0") * ("MPO_TEST_DEVICE" in os.environ)
 
 import pytest
 import torch
@@ -101,6 +106,18 @@ def run_pipeline(run: Path, task: str, seed: int = 1) -> None:
     stage("eval.py", "eval", *data, "--rm", run / "rm", *split, "--policies", policies, *sampling)
 
 
+@contextmanager
+def without_gpus() -> Iterator[None]:
+    """Programs that are started within this context see no GPU."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        yield
+    finally:
+        os.environ.pop("CUDA_VISIBLE_DEVICES")
+        os.environ |= {} if before is None else {"CUDA_VISIBLE_DEVICES": before}
+
+
 @pytest.fixture(scope="session")
 def hh_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on the hh world. All workers share it, so no test may change it."""
@@ -110,5 +127,6 @@ def hh_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (base / "hh.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
         if not (run / "eval" / "manifest.json").exists():
-            run_pipeline(run, "hh")
+            with without_gpus():
+                run_pipeline(run, "hh")
     return run

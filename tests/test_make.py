@@ -380,3 +380,13 @@ def test_several_processes_are_started_by_the_launcher():
     start = "MPO_KERNELS=reference .venv/bin/python"
     assert lines[1].startswith(f"{start} train_tokenizer.py ")
     assert lines[2].startswith(f"{start} -m mpo.runtime.launch 2 train_sft.py ")
+
+
+def test_an_interpreter_that_has_all_packages_is_used_as_it_is():
+    """As images for GPUs have one. Nothing is installed for it, neither for the stages nor for the check of a GPU."""
+    for words in (("runs/hh/sft/manifest.json", "DATA=builtin", "RUN=runs/hh"), ("gpu-check",)):
+        done = make("-nB", *words, "PY=/opt/torch/python")
+        assert done.returncode == 0, done.stderr
+        assert "/opt/torch/python" in done.stdout
+        assert not re.search(r"pip|venv/bin", done.stdout)
+    assert "-m benchmarks.gpu --rehearse true" in make("-nB", "gpu-check", "REHEARSE=1", "PY=python3").stdout

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 from .. import autograd
+from ..build import triton_lacks
+
+if lack := triton_lacks():
+    raise ImportError(lack)
+
 from . import head
 from .head import sample_tokens as sample_tokens
 

@@ -283,8 +283,10 @@ class Block(nn.Module):
         With `wanted`, positions (M,), only their outputs are computed: (M, D).
         """
         inputs = (x, rope, packing, cache, layer, wanted)
+        if cache is not None:  # never compiled: torch.compile cannot trace the compiled kernels' cache
+            return type(self).compute(self, *inputs)
         if self.recompute and torch.is_grad_enabled():
-            again: Tensor = checkpoint(self.compute, *inputs, use_reentrant=False)
+            again: Tensor = checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)
             return again
         return self.compute(*inputs)
 

@@ -25,13 +25,16 @@ def weight_dtype() -> torch.dtype:
     return _weight_dtype
 
 
-def start(wanted: str = "auto", dtype: torch.dtype = torch.float32, deterministic: bool = False) -> None:
+def start(
+    wanted: str = "auto", dtype: torch.dtype = torch.float32, deterministic: bool = False, rounded: bool = False
+) -> None:
     """Choose the device and the dtype.
 
     Args:
         wanted: the name of a device, or "auto": CUDA (NVIDIA, AMD), else mps (Apple), else the CPU.
         dtype: of the weights.
         deterministic: the device must compute the same bytes each time.
+        rounded: matrix products are to round their operands to bf16 (--precision bf16-mixed).
 
     Raises:
         InputError: the device does not exist here.
@@ -49,8 +52,38 @@ def start(wanted: str = "auto", dtype: torch.dtype = torch.float32, deterministi
         chosen = torch.device(wanted)
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
+        if torch.cuda.is_available() and os.environ.get("LOCAL_RANK", "0") == wanted.removeprefix("cuda:") != "0":
+            raise InputError(f"--device cuda: {_too_few_gpus()}") from None
         reason = str(e).splitlines()[0].split(". ")[0][:120]
         raise InputError(f"--device {wanted}: not here ({reason}); take auto, cpu, cuda, cuda:1 or mps") from None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        torch.cuda.reset_peak_memory_stats()
+        _set_precision(rounded)
     _device, _weight_dtype = chosen, dtype
+
+
+def _too_few_gpus() -> str:
+    processes, gpus = os.environ.get("LOCAL_WORLD_SIZE", "several"), torch.cuda.device_count()
+    return f"{processes} processes need a GPU each, and the GPUs here are {gpus}; start fewer, or take --device cpu"
+
+
+def _set_precision(rounded: bool) -> None:
+    """Set how a GPU multiplies fp32 matrices, whatever the environment says; some images for GPUs switch TF32 on.
+
+    TF32 rounds operands to 11 significant bits, which is too coarse for log-probs of fp32 models. Operands that are
+    already rounded to bf16's 8 bits lose nothing by it, and are multiplied several times as fast. Sums are fp32.
+    """
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def synchronise() -> None:
+    """Wait until the device has done all that it was asked to do, before a clock is read."""
+    if _device.type == "cuda":
+        torch.cuda.synchronize(_device)
+
+
+def peak_memory_mb() -> float | None:
+    """The most memory of tensors on a CUDA device since `start`, in MB; None on other devices."""
+    return round(torch.cuda.max_memory_allocated(_device) / 2**20, 1) if _device.type == "cuda" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -11,7 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mpo.runtime import distributed, output, signals
+import torch
+
+from mpo.runtime import device, distributed, output, signals
 from mpo.runtime.errors import Ending, InputError, RunError, UpToDate
 from mpo.runtime.flags import parse
 
@@ -66,6 +69,8 @@ def run_plain(main: Callable[[list[str]], None]) -> None:
     except OSError as e:
         _end(f"stopped: {e.filename or 'standard output or a file'}: {e.strerror or e}", 1)
     except RuntimeError as e:
+        if line := _refusal_of_torch(e):
+            _end(f"stopped: {line}", 1)
         if not distributed.lost_a_peer(e):
             raise
         if signals.LAUNCHED in os.environ:  # launch.py says which process died, as soon as it notices
@@ -73,6 +78,22 @@ def run_plain(main: Callable[[list[str]], None]) -> None:
             time.sleep(2)
             os._exit(signals.SILENT)
         _end("stopped: another process of this job has ended; the same command goes on from the last save, if any", 1)
+
+
+def _refusal_of_torch(error: RuntimeError) -> str:
+    """One line for the errors of torch that say something about the machine rather than the code; else ""."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in first:
+        asked = re.search(r"[Tt]ried to allocate (\d[\d.]* \w+)", str(error))
+        what = f" for {asked[1]} more" if asked else ""
+        return (
+            f"{device.current()} has too little memory{what}; lower --microbatch, or look at docs/memory.md for other "
+            "ways to save memory. The same command goes on from the last save, if any"
+        )
+    compiler = sys.modules.get("torch._dynamo.exc")
+    if compiler and isinstance(error, compiler.TorchDynamoException):
+        return f"--compile true: torch.compile failed ({type(error).__name__}: {first[:300]}); leave --compile out"
+    return ""
 
 
 def one_argument(argv: list[str], usage: str) -> str:

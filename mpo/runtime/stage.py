@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpo.runtime import distributed, signals
+from mpo.runtime import device, distributed, signals
 from mpo.runtime.errors import InputError, RunError, UpToDate
 from mpo.runtime.files import finite, read_json, write_bytes, write_json
 from mpo.runtime.lock import Lock
@@ -212,7 +212,8 @@ class Stage:
 
     def finish(self, **results: Any) -> None:
         """Write the manifest, which declares the stage finished."""
-        peak = distributed.all_max([peak_memory_mb()])[0]
+        here = device.peak_memory_mb()
+        peak, on_device = distributed.all_max([peak_memory_mb(), here or 0.0])
         if not distributed.is_main():
             return
         write_json(
@@ -226,6 +227,7 @@ class Stage:
                 "seconds": round(self.seconds, 1),
                 "processes": distributed.world_size(),
                 "peak_memory_mb": peak,  # of the process that used most
+                **({} if here is None else {"peak_device_memory_mb": on_device}),
                 "python": platform.python_version(),
                 "packages": {p: importlib.metadata.version(p) for p in PACKAGES},
             },

@@ -391,7 +391,7 @@ def lines(
     taught.append(Line("head, and what a layer needs for a moment", working))
     if not use.sampled:
         return plan + taught
-    way = way_within(config, c, processes, base, cpu, capacity)
+    way = way_within(config, c, processes, PROGRAM, cpu, capacity)  # as way_to_sample chooses it
     cache, rest = sampling_bytes(config, c, use, parts, cpu, way)
     at_once = f"KV cache ({way.rows:,} rows at once)"
     sampling = [
@@ -435,7 +435,9 @@ def program() -> float:
 
 
 def available() -> float:
-    """Bytes of memory that are free on this machine."""
+    """Bytes of memory that are free on this process's device."""
+    if device.current().type == "cuda":
+        return float(torch.cuda.mem_get_info(device.current())[0])
     try:
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
         return float(meminfo["MemAvailable"].split()[0]) * 1024
@@ -458,10 +460,13 @@ def longest_rows(config: Training | SplitConfig | EvalConfig) -> str:
 
 def show(config: Training | SplitConfig | EvalConfig) -> None:
     """Print the plan of a stage, and a warning if the machine has less memory than that."""
+    device.start(config.device)
     distributed.start(config.shard)
-    processes, here = distributed.world_size(), distributed.local_world_size()
+    on_cpu = device.current().type == "cpu"
+    processes, here = distributed.world_size(), distributed.local_world_size() if on_cpu else 1  # each has its own GPU
     c = model_of(config)
-    plan = lines(config, c, processes, base=program(), capacity=capacity_of_device())
+    base, capacity = program() if on_cpu else 0.0, capacity_of_device()
+    plan = lines(config, c, processes, base, on_cpu, capacity)
     each = "one process" if processes == 1 else f"{processes} processes, each"
     size = f"a model of {parameters(c) / 1e6:,.1f} M parameters, {each}"
     print(f"plan of {Path(config.out).name}, at worst ({longest_rows(config)}): {size}:")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpo.kernels import functions as kernels
+from tests.support.on_device import kernels
 
 
 def logits_of(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> list[list[float]]:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mpo.kernels import chunked
-from mpo.kernels import functions as kernels
+from tests.support.on_device import DEVICE, ON_GPU, kernels
 
-IMPLEMENTATIONS = [name for name in kernels.IMPLEMENTATIONS if name in ("chunked", "cpu", "gpu")]
+of_cpu = () if ON_GPU else ("cpu",)
+IMPLEMENTATIONS = [name for name in kernels.IMPLEMENTATIONS if name in ("chunked", "gpu", *of_cpu)]
 SHAPES = [(1, 1, 1), (1, 2, 3), (5, 7, 13), (12, 32, 32), (13, 31, 33), (37, 96, 1537), (3, 300, 70)]  # N, D, V
 
 
@@ -38,7 +39,7 @@ def truth(inputs: tuple[Tensor, ...], temperature: float) -> tuple[Tensor, ...]:
     z, r = (h.double() @ w.double().T / temperature for h, w in ((hidden, weight), (ref_hidden, ref_weight)))
     log_p, log_q = z - z.logsumexp(-1, keepdim=True), r - r.logsumexp(-1, keepdim=True)
     p = log_p.exp()
-    rows = torch.arange(len(z))
+    rows = torch.arange(len(z), device=z.device)
     return log_p[rows, targets], log_q[rows, targets], (p * (log_p - log_q)).sum(-1), -(p * log_p).sum(-1)
 
 
@@ -172,7 +173,7 @@ def test_sampling_inverts_the_cdf(impl, dtype, temperature):
 
 def test_sampled_frequencies_follow_the_distribution(impl):
     probabilities = torch.tensor([0.5, 0.25, 0.125, 0.0625, 0.0625])
-    n = 2_000 if impl == "gpu" else 20_000  # Triton's interpreter is slow
+    n = 2_000 if impl == "gpu" and not ON_GPU else 20_000  # Triton's interpreter is slow
     uniform = torch.rand(n, generator=torch.Generator().manual_seed(4))
     tokens, _ = kernels.sample_tokens(torch.ones(n, 1), probabilities.log()[:, None], uniform, impl=impl)
     share = tokens.bincount(minlength=5) / n
@@ -181,8 +182,8 @@ def test_sampled_frequencies_follow_the_distribution(impl):
 
 def test_the_compiled_kernels_never_hold_the_logits():
     """At N = 4096 and V = 32,000 the logits would take 524 MB."""
-    if "cpu" not in kernels.IMPLEMENTATIONS:
-        pytest.skip("the compiled kernels are not built")
+    if "cpu" not in kernels.IMPLEMENTATIONS or ON_GPU:
+        pytest.skip("the compiled kernels are not built, or not meant")
     if "sanitize" in os.environ.get("MPO_KERNELS_FLAGS", ""):
         pytest.skip("the address sanitizer keeps freed memory")
     import resource
@@ -195,7 +196,7 @@ def test_the_compiled_kernels_never_hold_the_logits():
     assert growth < 60
 
 
-@pytest.mark.parametrize("impl", sorted(kernels.IMPLEMENTATIONS.keys() - {"gpu"}))
+@pytest.mark.parametrize("impl", sorted(kernels.IMPLEMENTATIONS.keys() - ({"cpu"} if ON_GPU else {"gpu"})))
 def test_the_order_of_sums_does_not_depend_on_the_timing_of_threads(impl):
     """With three threads, 21 repetitions give the same bytes, forward and backward."""
     draw, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
@@ -219,3 +220,27 @@ def test_the_order_of_sums_does_not_depend_on_the_timing_of_threads(impl):
                 assert torch.equal(a, b)
     finally:
         torch.set_num_threads(threads)
+
+
+on_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU (make gpu-check); the interpreter would take hours")
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [(2048, 256, 8192), (300, 576, 49152), (96, 1024, 128256)], ids=str)
+def test_the_head_of_a_real_model_is_as_near_to_float64_as_plain_torch(shape, dtype):
+    """Values and gradients, with the widths and vocabularies of models that people use."""
+    hidden, weight, ref_hidden, ref_weight, targets = (t.to(DEVICE) for t in make(*shape, dtype))
+
+    def values(how: str) -> list[Tensor]:
+        double = how == "truth"
+        leaves = [t.double() if double else t.clone() for t in (hidden, weight)]
+        inputs = *(leaf.requires_grad_() for leaf in leaves), ref_hidden, ref_weight, targets
+        both = truth(inputs, 1.0) if double else kernels.policy_reference(*inputs, impl=how)
+        (both[0].sum() + both[2].sum()).backward()
+        return [t.detach().cpu() for t in (*both, *(leaf.grad for leaf in leaves))]
+
+    exact = values("truth")
+    ours, plain = (errors(tuple(values(how)), tuple(e.double() for e in exact)) for how in ("gpu", "chunked"))
+    for a, b, e in zip(ours, plain, exact, strict=True):
+        assert a <= 2 * b + (1e-5 if dtype == torch.float32 else 1e-2) * float(e.abs().max()), (ours, plain)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpo.kernels import functions as kernels
 from mpo.kernels.functions import LayerWeights, Packing
+from tests.support.on_device import ON_GPU, kernels
 
-COMPILED = [name for name in kernels.IMPLEMENTATIONS if name in ("cpu", "gpu")]
-pytestmark = pytest.mark.skipif("cpu" not in COMPILED, reason="the compiled kernels are not built")
+pytestmark = pytest.mark.skipif(
+    "cpu" not in kernels.IMPLEMENTATIONS and not ON_GPU, reason="the compiled kernels are not built"
+)
+HERE = "reference" if ON_GPU else "cpu"  # on a GPU torch's own operations compute the layers
 
 PACKINGS = {
     "one token": Packing([1]),
@@ -20,10 +22,10 @@ PACKINGS = {
 HEADS = [(4, 2, 6), (8, 8, 32), (3, 1, 40), (2, 2, 64), (6, 3, 24)]  # H, H_kv, d
 
 
-def compare(function, *inputs, rest=(), tolerance=2e-5):
+def compare(function, *inputs, rest=(), tolerance=1e-4 if ON_GPU else 2e-5):
     """Compare the output and every gradient of the compiled function with those of the definition in float64."""
     actual, expected = [], []
-    for impl, kind, into in (("cpu", torch.float32, actual), ("reference", torch.float64, expected)):
+    for impl, kind, into in ((HERE, torch.float32, actual), ("reference", torch.float64, expected)):
         leaves = [x.clone().to(kind).requires_grad_() for x in inputs]
         out = function(*leaves, *rest, impl=impl)
         weights = torch.linspace(-1, 1, out.numel(), dtype=kind).view(out.shape)
@@ -102,7 +104,7 @@ def test_swiglu_is_exact_far_from_0():
 def test_rotate_matches_its_definition(shape):
     angles = torch.randn(shape[0], shape[2] // 2).double()
     results = []
-    for impl, kind in (("cpu", torch.float32), ("reference", torch.float64)):
+    for impl, kind in ((HERE, torch.float32), ("reference", torch.float64)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(kind).requires_grad_()
         out = kernels.rotate(x, angles.cos().to(kind), angles.sin().to(kind), impl=impl)
         out.square().mul(torch.linspace(0, 1, shape[2], dtype=kind)).sum().backward()

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from mpo.kernels import functions as kernels
 from mpo.kernels.functions import Packing
 from mpo.model.checkpoint import load_model, save_model
 from mpo.model.llama import PRESETS, LlamaConfig, configure_layers, rotary_frequencies
@@ -61,6 +62,23 @@ def test_compiled_layers_compute_the_same_states_and_gradients():
             results.append([hidden.detach(), *(p.grad for p in model.parameters())])
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_compiled_model_fills_the_same_cache_with_every_implementation_of_it():
+    """PPO samples from the model that it trains, and --compile compiles that model."""
+    cases = [("llama", impl) for impl in {"reference", *kernels.IMPLEMENTATIONS} & {"reference", "cpu"}]
+    for family, impl in [*cases, ("gemma3_text", "reference")]:  # whose layers have norms of their own
+        plain, compiled = (small_model(model_type=family) for _ in range(2))
+        configure_layers(compiled, recompute=False, compiled=True, backend="eager")
+        ids, results = torch.arange(12), []
+        for model in (plain, compiled):
+            like = model.lm_head.weight
+            cache = kernels.kv_cache(2, 2, 12, 2, 6, like, impl=impl)
+            hidden = model(ids, Packing([7, 5]), cache)
+            torch.testing.assert_close(hidden, plain(ids, Packing([7, 5])), rtol=0, atol=1e-5)
+            results.append(torch.cat((hidden, model.model.decoder(cache)(torch.tensor([3, 4])))))
+        assert torch.equal(*results), (family, impl)
 
 
 @torch.no_grad()  # the cache is for inference

@@ -1,14 +1,17 @@
 """A pretended second device, which shows that no stage mixes tensors on a GPU with tensors on the CPU:
 
-    python -m tests.support.pretend RUN WORK
+    python -m tests.support.pretend RUN WORK [DEVICE]
 
 A tensor on the device "pretend" wraps a tensor on the CPU, and the CPU does the computing. As on a GPU, an operation on
-tensors of both devices raises an error, unless the one on the CPU has no dimensions. Runs every stage on both devices,
-with the data and models of the finished run RUN, and writes WORK/<stage>-<device>.
+tensors of both devices raises an error, unless the one on the CPU has no dimensions. Runs every stage on the CPU and on
+the other device, with the data and models of the finished run RUN, and writes WORK/<stage>-cpu and WORK/<stage>-other.
+One stage is also killed there after a save, and goes on from it: WORK/<stage>-killed. DEVICE names a real device
+instead of the pretended one.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 import eval as evaluate
 import split_data
 from mpo.config import EvalConfig, SplitConfig
+from mpo.runtime.saves import Saves
 from tests.support import crashes
 
 NAME = "pretend"
@@ -100,18 +104,31 @@ OTHERS = {
 }
 
 
+KILLED = "ppo"  # it has two models and random numbers of its own
+
+
+def run(stage: str, base: Path, out: Path, device: str, expect: int = 0, before: Any = None) -> None:
+    """Run a stage on a device. Ends the program if the stage does not end as expected."""
+    short = crashes.SHORTEST.get(stage.split("-")[0], "").split()
+    if (status := crashes.wait(crashes.start(stage, base, out, *short, "--device", device, before=before))) != expect:
+        sys.exit(f"{out.name} ended with {status}: {out.with_suffix('.log').read_text()[-3000:]}")
+
+
 def main() -> None:
     """Run every stage on both devices."""
-    base, work = Path(sys.argv[1]), Path(sys.argv[2])
+    base, work, *named = sys.argv[1:]
+    other = named[0] if named else NAME
     torch.set_num_threads(1)
-    install()
+    if other == NAME:
+        install()
     crashes.STAGES.update(OTHERS)
     for stage in (*TRAINING, *OTHERS):
-        for device in ("cpu", NAME):
-            out = work / f"{stage}-{device}"
-            short = crashes.SHORTEST.get(stage.split("-")[0], "").split()
-            if status := crashes.wait(crashes.start(stage, base, out, *short, "--device", device)):
-                sys.exit(f"{out.name} ended with {status}: {out.with_suffix('.log').read_text()[-3000:]}")
+        for device, name in (("cpu", "cpu"), (other, "other")):
+            run(stage, Path(base), Path(work, f"{stage}-{name}"), device)
+    killed = Path(work, f"{KILLED}-killed")
+    after_a_save = crashes.die_at_call(Saves, "write", 1, after=True)
+    run(KILLED, Path(base), killed, other, -signal.SIGKILL, after_a_save)
+    run(KILLED, Path(base), killed, other)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 LIMIT = 900  # seconds that a script may take
 
+# Whether there is a GPU is asked in such a way that a fork of this process can still use it (torch.cuda.is_available).
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload([*(path.stem for path in ROOT.glob("*.py")), "torch._dynamo"])  # for torch's optimisers
 

@@ -208,6 +208,20 @@ def test_every_size_up_to_70_b_fits_on_some_number_of_gpus():
     assert not needed(MODELS["SmolLM2-135M"], "ppo").endswith("*")
 
 
+def test_the_plan_samples_as_the_stage_will_whatever_the_program_itself_takes(monkeypatch):
+    """A GPU's plan counts no bytes for the program, a CPU's plan those that were measured."""
+    c = small_config()
+    config, _, row, _ = sampling_of(c, batch=4096, parts=1, microbatch=1)
+    held = sum(line.bytes for line in memory.always(config, c, 1, memory.PROGRAM))
+    capacity = held + 2000 * row / memory.SHARE
+    monkeypatch.setattr(memory, "capacity_of_device", lambda: capacity)
+    rows = memory.way_to_sample(config, c).rows
+    assert 1 < rows < 4096
+    for base in (0.0, 1.5e9):
+        planned = {line.what for line in lines(config, c, 1, base, True, capacity)}
+        assert f"KV cache ({rows:,} rows at once)" in planned
+
+
 def test_all_processes_sample_in_the_way_that_the_smallest_device_allows(monkeypatch):
     c = small_config()
     config = sampling_of(c, batch=8)[0]
