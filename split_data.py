@@ -63,6 +63,7 @@ def main(config: SplitConfig) -> None:
     rms = [("--rm", folder) for folder in folders]
     tokenizer = shared_tokenizer(rms)
     models = [load_scalar(folder) for folder in folders]  # each scores on its own normalised scale
+    config = memory.with_microbatch(config, models[0].config)
     rows = read_rows(Path(config.data) / "train.jsonl")
     pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
     check_lengths(rms, sequences_of(pairs))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -29,9 +31,9 @@ from mpo.training.loop import train
 def check(config: DPOConfig) -> None:
     """Refuse flags that contradict each other."""
     objective = parse_objective(config.loss, config.beta)
-    exact_div(config.batch, config.microbatch, "--batch", "--microbatch")
+    exact_div(config.batch, config.microbatch or 1, "--batch", "--microbatch")
     adapters_of(config, config.model)
-    if objective.whole_batch and config.microbatch != config.batch:
+    if objective.whole_batch and config.microbatch not in (0, config.batch):
         raise InputError(f"--loss {config.loss}: compares the pairs of a batch; set --microbatch to --batch")
     if objective.reference_free and config.ref:
         raise InputError(f"--loss {config.loss}: needs no reference; leave out --ref {config.ref}")
@@ -47,6 +49,8 @@ def main(config: DPOConfig) -> None:
     stage = Stage(config, inputs, config.out, config.overwrite)
     models = [("--model", config.model)] + ([("--ref", config.ref)] if config.ref else [])
     tokenizer, model = shared_tokenizer(models), load_model(config.model, adapters_of(config, config.model))
+    config = replace(config, microbatch=config.batch) if objective.whole_batch else config
+    config = memory.with_microbatch(config, model.config)
     pairs, counts = encode(read_rows(config.data), tokenizer, config.max_prompt, config.max_response)
     if any(p.row.noise is not None for p in pairs) and not objective.uses_noise:
         raise InputError(f"{config.data}: its rows carry label noise, which --loss {config.loss} ignores; take cdpo")

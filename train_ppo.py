@@ -38,7 +38,7 @@ from mpo.training.loop import milestones
 def check(config: PPOConfig) -> None:
     """Refuse flags that contradict each other."""
     exact_div(config.batch, config.minibatch, "--batch", "--minibatch")
-    exact_div(config.minibatch, config.microbatch, "--minibatch", "--microbatch")
+    exact_div(config.minibatch, config.microbatch or 1, "--minibatch", "--microbatch")
     exact_div(config.batch, config.group, "--batch", "--group")
     adapters_of(config, config.model)
     if config.advantage == "gae" and config.critic_warmup >= config.iterations:
@@ -77,6 +77,7 @@ def main(config: PPOConfig) -> None:
     models = [("--model", config.model), ("--ref", config.ref), ("--rm", config.rm)]
     tokenizer, learner, rm = shared_tokenizer(models), load_learner(config), load_scalar(config.rm)
     policy, ref, critic = learner.policy, learner.ref, learner.critic.model if learner.critic else None
+    config = memory.with_microbatch(config, policy.config)
     pairs, counts = load_prompts(config, tokenizer)
     check_lengths(models, ((len(p.prompt), config.max_new) for p in pairs), "--max_new")
     print(f"{stage.name}: prompts: {counts_text(counts)}")

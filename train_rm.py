@@ -105,7 +105,7 @@ def probe(rm: ScalarModel, sheet: Sheet, config: RMConfig) -> list[dict[str, Any
 
 def check(config: RMConfig) -> None:
     """Refuse flags that contradict each other."""
-    exact_div(config.batch, config.microbatch, "--batch", "--microbatch")
+    exact_div(config.batch, config.microbatch or 1, "--batch", "--microbatch")
     adapters_of(config, config.model)
 
 
@@ -116,6 +116,7 @@ def main(config: RMConfig) -> None:
     models = [("--model", config.model)]
     tokenizer = shared_tokenizer(models)
     rm = load_as_scalar(config.model, generator(config.seed, "head"), adapters_of(config, config.model))
+    config = memory.with_microbatch(config, rm.config)
     splits, counts = {}, {}
     for split in ("train", "test"):
         rows = read_rows(Path(config.data) / f"{split}.jsonl")

@@ -65,7 +65,7 @@ def held_out_loss(model: Llama, pairs: list[Pair], batch: int) -> float:
 
 def check(config: SFTConfig) -> None:
     """Refuse flags that contradict each other."""
-    exact_div(config.batch, config.microbatch, "--batch", "--microbatch")
+    exact_div(config.batch, config.microbatch or 1, "--batch", "--microbatch")
     adapters_of(config, config.model)
     if config.model in PRESETS and config.lora_rank:
         raise InputError("--lora_rank: adapters need a trained base; name a folder with --model")
@@ -82,6 +82,7 @@ def main(config: SFTConfig) -> None:
     stage = Stage(config, inputs, config.out, config.overwrite)
     tokenizer = shared_tokenizer([("--tokenizer", config.tokenizer), *models])
     model = starting_model(config, tokenizer)
+    config = memory.with_microbatch(config, model.config)
     splits, counts = {}, {}
     for split in ("train", "test"):
         rows = read_rows(Path(config.data) / f"{split}.jsonl")

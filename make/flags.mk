@@ -60,8 +60,16 @@ space := $(subst x,,x x)
 
 # $(call preset,STAGE): the flags that make/tasks.mk has for this stage
 from_scratch := $(filter tiny mini small base 1b 7b,$(subst $(space),/,$(MODEL)))
-presets := $(if $(from_scratch),scratch) $(TASK)$(if $(subst builtin,,$(DATA)),_files) $(if $(QUICK),quick)
-preset   = $(foreach name,$(presets),$($(name)_$(1)))
+size_of      := $(if $(from_scratch),,$(shell $(or $(PYTHON),python3) make/size.py $(call quote,$(MODEL)) 2>/dev/null))
+toy          := $(filter toy,$(size_of))
+size         := $(filter small medium large,$(size_of))
+parameters   := $(wordlist 2,3,$(size_of))
+files        := $(if $(subst builtin,,$(DATA)),files)
+trained      := $(if $(size),pretrained $(if $(LORA),lora,full)_$(size))
+presets := $(if $(from_scratch),scratch) $(trained) \
+           $(TASK)$(files:%=_%) $(toy:%=%_$(files)) $(if $(QUICK),quick $(if $(size),quick_pretrained))
+lines    = $(strip $(foreach name,$(1),$($(name)_$(2))))
+preset   = $(call lines,$(presets),$(1))
 
 # SFT of a preset trains all weights even with LORA: an untrained model has nothing that adapters could adapt.
 precision := $(if $(BF16),--precision bf16-mixed)

@@ -12,9 +12,11 @@ hh tldr:
 	@$(MAKE) --no-print-directory TASK=$@ pipeline
 
 what_runs = $(TASK): data = $(DATA), model = $(MODEL), run folder = $(RUN)$(if $(QUICK), (QUICK: the numbers mean nothing))
+what_flags = flags for $(if $(LORA),adapters on )a pretrained model of $(parameters) parameters (make/tasks.mk): \
+             $(foreach stage,sft rm dpo ppo eval,$(stage) $(call lines,$(trained),$(stage));)
 pipeline: check-eval
 	@$(if $(FROM),$(share))
-	@printf '%s\n' $(call quote,$(what_runs))
+	@printf '%s\n' $(call quote,$(what_runs)) $(if $(size),$(call quote,$(what_flags)))
 	@$(MAKE) --no-print-directory $(RUN)/eval/manifest.json
 	@$(PY) -m mpo.tools.report $(RUN)
 

@@ -83,7 +83,7 @@ class Training(Limits):
     grad_clip: NonNegative = 1.0  # a gradient of a larger norm is scaled down to it; 0: never
     optimiser: Literal["adamw", "muon", "adafactor"] = "adamw"  # muon: fewer steps from scratch; adafactor: less memory
     batch: Size = 32  # rows of one optimiser step
-    microbatch: Size = 32  # rows computed at once; must divide batch
+    microbatch: Count = 0  # rows computed at once; must divide batch; 0: what fits in memory, at most 32
 
     # LoRA
     lora_rank: Count = 0  # rank of the low-rank adapters, which alone are trained; 0: train all weights
@@ -172,7 +172,7 @@ class SplitConfig(Limits):
     # Data and models
     data: str  # folder of the data stage
     rm: str  # folder of the reward model, or folder,folder,... of an ensemble, whose scores are averaged
-    microbatch: Size = 64  # pairs scored at once
+    microbatch: Count = 0  # pairs scored at once; 0: what fits in memory, at most 64
 
     # Split
     gamma: str = "q0.5"  # the threshold: a number, or qX for the X quantile of |gap|
@@ -234,7 +234,7 @@ class PPOConfig(Training):
     # Optimisation
     epochs: Size = 1  # passes over a rollout
     minibatch: Size = 64  # rows of one optimiser step; must divide batch
-    microbatch: Size = 16  # rows computed at once; must divide minibatch
+    microbatch: Count = 0  # rows computed at once; must divide minibatch; 0: what fits in memory, at most 16
     lr: Positive = 3e-4  # peak learning rate of the policy
     clip: Positive = 0.2  # the policy ratio is clipped to [1 - clip, 1 + clip]
     keep: Few = 0  # also keep N intermediate models, equally spaced, in folders step-N

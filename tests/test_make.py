@@ -331,15 +331,14 @@ def test_the_commands_on_the_page_are_those_of_make_hh():
 def test_the_presets_on_the_page_are_those_of_make():
     pattern = re.compile(r"^(\w+) += (--.*)$", re.M)
     lines = pattern.findall((ROOT / "make" / "tasks.mk").read_text())
-    assert lines == pattern.findall(PAGE)
-    assert {name.rpartition("_")[0] for name, _ in lines} == {
-        "hh",
-        "tldr",
-        "hh_files",
-        "tldr_files",
-        "quick",
-        "scratch",
-    }
+    pretrained = {f"{what}_{size}" for what in ("full", "lora") for size in ("small", "medium", "large")}
+    pretrained |= {"pretrained", "quick_pretrained"}
+    others = {"hh", "tldr", "hh_files", "tldr_files", "toy_files", "quick", "scratch"}
+    names = [name.rpartition("_")[0] for name, _ in lines]
+    assert set(names) == pretrained | others
+    on_models = [line for line, name in zip(lines, names, strict=True) if name in pretrained]
+    assert on_models == pattern.findall((ROOT / "docs" / "models.md").read_text())
+    assert [line for line in lines if line not in on_models] == pattern.findall(PAGE)
     stages = {name.rpartition("_")[2] for name, _ in lines}
     assert stages == {"data", "tokenizer", "sft", "rm", "split", "dpo", "ppo", "eval"}
 

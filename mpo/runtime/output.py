@@ -41,12 +41,11 @@ def drop_unread() -> None:
 def progress(items: Sequence[Any], name: str, done: int = 0, leave: bool = True) -> Any:
     """A tqdm bar over `items`, after `done` earlier ones; redrawn every second, or in a log every 30 seconds.
 
-    `leave=False` is for side work: the bar disappears at the end, and there is none for fewer than 20 items.
+    `leave=False` is for side work: the bar appears after five seconds, and disappears at the end.
     """
-    seconds = 1.0 if sys.stderr.isatty() else 30.0
-    hidden = (not leave and len(items) < 20) or not distributed.is_main()
-    total = done + len(items)
-    return tqdm(items, name, total, initial=done, mininterval=seconds, leave=leave, disable=hidden)
+    seconds, hidden = 1.0 if sys.stderr.isatty() else 30.0, not distributed.is_main()
+    delay, total = 0 if leave else 5, done + len(items)
+    return tqdm(items, name, total, initial=done, mininterval=seconds, leave=leave, disable=hidden, delay=delay)
 
 
 def note(line: str) -> None:

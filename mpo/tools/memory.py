@@ -30,6 +30,7 @@ from mpo.training.optimisers import STACK, make_optimiser, optimiser_step
 
 FLOAT = 4  # bytes of an fp32 number
 Model = TypeVar("Model", Llama, ScalarModel)
+Flags = TypeVar("Flags", SFTConfig, RMConfig, DPOConfig, PPOConfig, SplitConfig)
 _models: dict[str, Any] = {}
 
 SHARE = 0.9  # of the memory that the plan leaves for sampling: so much is used, since no plan is exact
@@ -304,6 +305,46 @@ def way_to_sample(config: PPOConfig | EvalConfig, c: LlamaConfig) -> Way:
     return way_within(config, c, distributed.world_size(), PROGRAM, cpu, capacity)
 
 
+# --- microbatches ---------------------------------------------------------------------------------
+
+AT_MOST = {PPOConfig: 16, SplitConfig: 64}  # rows of a microbatch that is chosen here; 32 in the other stages
+OF_CPU = 0.5  # of a machine's memory is planned for; other programs need some, too
+
+
+def step_rows(config: Training | SplitConfig) -> int:
+    """Rows of an optimiser step, of which a microbatch is a part; of the split, the pairs scored at once at most."""
+    if isinstance(config, PPOConfig):
+        return config.minibatch
+    return config.batch if isinstance(config, Training) else AT_MOST[SplitConfig]
+
+
+def microbatch_within(config: Any, c: LlamaConfig, processes: int, cpu: bool, capacity: float) -> int:
+    """The most rows that divide a process's rows of a step and whose plan fits in `capacity` bytes; at least 1.
+
+    The split's microbatch is that of all processes together.
+    """
+    rows, most, together = step_rows(config) // processes, AT_MOST.get(type(config), 32), 1
+    if isinstance(config, SplitConfig):
+        together = processes
+    room = (OF_CPU if cpu else SHARE) * capacity
+    for size in (n for n in range(min(rows, most), 1, -1) if rows % n == 0):
+        if total(lines(replace(config, microbatch=size * together), c, processes, PROGRAM, cpu, capacity)) <= room:
+            return size * together
+    return together
+
+
+def with_microbatch(config: Flags, c: LlamaConfig) -> Flags:
+    """The flags, with a microbatch in place of 0.
+
+    Like `way_to_sample`, it depends on flags, processes and devices, not on what is free, so that a stage that is run
+    again computes the same. All processes get the same answer.
+    """
+    if config.microbatch:
+        return config
+    cpu, capacity = device.current().type == "cpu", -distributed.all_max([-capacity_of_device()])[0]
+    return replace(config, microbatch=microbatch_within(config, c, distributed.world_size(), cpu, capacity))
+
+
 # --- the plan -------------------------------------------------------------------------------------
 
 
@@ -458,18 +499,20 @@ def longest_rows(config: Training | SplitConfig | EvalConfig) -> str:
     return f"rows of {config.max_prompt} + {of_pair}{getattr(config, 'max_new', config.max_response)} tokens"
 
 
-def show(config: Training | SplitConfig | EvalConfig) -> None:
+def show(config: SFTConfig | RMConfig | DPOConfig | PPOConfig | SplitConfig | EvalConfig) -> None:
     """Print the plan of a stage, and a warning if the machine has less memory than that."""
     device.start(config.device)
     distributed.start(config.shard)
     on_cpu = device.current().type == "cpu"
     processes, here = distributed.world_size(), distributed.local_world_size() if on_cpu else 1  # each has its own GPU
     c = model_of(config)
+    config = config if isinstance(config, EvalConfig) else with_microbatch(config, c)
     base, capacity = program() if on_cpu else 0.0, capacity_of_device()
     plan = lines(config, c, processes, base, on_cpu, capacity)
     each = "one process" if processes == 1 else f"{processes} processes, each"
     size = f"a model of {parameters(c) / 1e6:,.1f} M parameters, {each}"
-    print(f"plan of {Path(config.out).name}, at worst ({longest_rows(config)}): {size}:")
+    rows = "" if isinstance(config, EvalConfig) else f"{config.microbatch} at once, "
+    print(f"plan of {Path(config.out).name}, at worst ({rows}{longest_rows(config)}): {size}:")
     needed = total(plan)
     width = max(len(line.what) for line in plan)
     for line in [*plan, Line("total", needed)]:
