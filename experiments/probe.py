@@ -1,10 +1,10 @@
 """What a frozen model knows of preferences: python -m experiments.probe --model FOLDER --data FOLDER --out FILE
 
-A linear probe. The model is not trained. Each response is described by the hidden states of one layer: the one of its last
-token, and the mean over its tokens. A logistic regression without a constant learns from the difference between the
-chosen and the rejected response, which is Bradley and Terry's model with a linear reward. Its accuracy on held-out pairs
-says, in minutes, what a reward model with this trunk can reach at least; its accuracy with fewer rows, what more rows
-would bring.
+A linear probe. The model is not trained. Each response is described by the hidden states of one layer: the one of its
+last token, and the mean over its tokens. A logistic regression without a constant learns from the difference between
+the chosen and the rejected response, which is Bradley and Terry's model with a linear reward. Its accuracy on held-out
+pairs says, in minutes, what a reward model with this trunk can reach at least. Its accuracy with fewer rows hints at
+what more rows would bring.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def main(config: ProbeConfig) -> None:
     model.eval()
     splits = {}
     for split in ("train", "test"):
-        pairs, _ = encode(read_rows(Path(config.data) / f"{split}.jsonl"), tokenizer, config.max_prompt, config.max_response)
+        pairs, _ = encode(
+            read_rows(Path(config.data) / f"{split}.jsonl"), tokenizer, config.max_prompt, config.max_response
+        )
         splits[split] = features(model, pairs, config.batch)
     train, test = splits["train"], splits["test"]
     looked = sorted({*range(0, len(train), config.every), len(train) - 1})
@@ -138,7 +140,9 @@ def main(config: ProbeConfig) -> None:
     order = torch.randperm(train.shape[1], generator=generator(config.seed, "rows"))
     rows = {n: probe(train[best][order[:n]], test[best], config.seed) for n in (int(s * len(order)) for s in SHARES)}
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    write_json(Path(config.out), {"layers": layers, "best": best, "rows": rows, "train": len(order), "test": test.shape[1]})
+    write_json(
+        Path(config.out), {"layers": layers, "best": best, "rows": rows, "train": len(order), "test": test.shape[1]}
+    )
     shown = [[str(i), f"{p['cross_validated']:.3f}", interval(p["held_out"], 3)] for i, p in layers.items()]
     print(table(["layer", "cross-validated", "held out"], shown))
     shown = [[str(n), f"{p['cross_validated']:.3f}", interval(p["held_out"], 3)] for n, p in rows.items()]

@@ -389,3 +389,46 @@ def test_an_interpreter_that_has_all_packages_is_used_as_it_is():
         assert "/opt/torch/python" in done.stdout
         assert not re.search(r"pip|venv/bin", done.stdout)
     assert "-m benchmarks.gpu --rehearse true" in make("-nB", "gpu-check", "REHEARSE=1", "PY=python3").stdout
+
+
+def model_of(folder: Path, *shapes: tuple[int, ...]) -> Path:
+    """A folder with the header of a weight file, but no weights: what make reads of a model."""
+    folder.mkdir()
+    entries = {f"w{i}": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for i, shape in enumerate(shapes)}
+    header = json.dumps(entries | {"__metadata__": {"format": "pt"}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    return folder
+
+
+SIZES = {"small": ((49152, 576), (1000, 100_000)), "medium": ((2048, 1_000_000),), "large": ((4096, 2_000_000), (7,))}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("what", "lora"), [("full", ""), ("lora", "LORA=8")])
+def test_a_model_folder_gets_the_flags_of_its_size(size, what, lora, tmp_path):
+    model = model_of(tmp_path / size, *SIZES[size])
+    written = dict(re.findall(r"^(\w+) += (--.*)$", (ROOT / "make" / "tasks.mk").read_text(), re.M))
+    stages = [
+        line for line in commands(f"MODEL={model}", *([lora] if lora else []), "SFT_FLAGS=--lr 7") if "train_" in line
+    ]
+    for stage, script in (("rm", "train_rm.py"), ("dpo", "train_dpo.py"), ("ppo", "train_ppo.py")):
+        _, flags = resolved(next(line for line in stages if script in line))
+        expected = parse_flags(written[f"{what}_{size}_{stage}"])
+        assert {name: flags[name] for name in expected} == expected
+    assert resolved(next(line for line in stages if "train_sft.py" in line))[1]["lr"] == 7  # one's own flags win
+
+
+def parse_flags(line: str) -> dict[str, float]:
+    """Numbers by flag: "--lr 1 --beta 2" -> {"lr": 1.0, "beta": 2.0}."""
+    words = line.split()
+    return {name[2:]: float(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs", b"\x02" + bytes(7) + b"[]", None])
+def test_a_model_whose_size_cannot_be_read_gets_no_flags_of_a_size(content, tmp_path):
+    if content is not None:
+        (tmp_path / "model.safetensors").write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, "make/size.py", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

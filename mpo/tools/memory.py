@@ -30,7 +30,7 @@ from mpo.training.optimisers import STACK, make_optimiser, optimiser_step
 
 FLOAT = 4  # bytes of an fp32 number
 Model = TypeVar("Model", Llama, ScalarModel)
-Flags = TypeVar("Flags", SFTConfig, RMConfig, DPOConfig, PPOConfig, SplitConfig)
+Flags = TypeVar("Flags", bound=SFTConfig | RMConfig | DPOConfig | PPOConfig | SplitConfig)
 _models: dict[str, Any] = {}
 
 SHARE = 0.9  # of the memory that the plan leaves for sampling: so much is used, since no plan is exact
@@ -506,7 +506,8 @@ def show(config: SFTConfig | RMConfig | DPOConfig | PPOConfig | SplitConfig | Ev
     on_cpu = device.current().type == "cpu"
     processes, here = distributed.world_size(), distributed.local_world_size() if on_cpu else 1  # each has its own GPU
     c = model_of(config)
-    config = config if isinstance(config, EvalConfig) else with_microbatch(config, c)
+    if not isinstance(config, EvalConfig):
+        config = with_microbatch(config, c)
     base, capacity = program() if on_cpu else 0.0, capacity_of_device()
     plan = lines(config, c, processes, base, on_cpu, capacity)
     each = "one process" if processes == 1 else f"{processes} processes, each"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.plans import MODELS, SIZES, WEIGHTS, measure, needed, write_inputs
-from mpo.config import DPOConfig, PPOConfig, SFTConfig
+from mpo.config import DPOConfig, PPOConfig, SFTConfig, SplitConfig
 from mpo.kernels import functions as kernels
 from mpo.kernels.functions import Packing
-from mpo.model.llama import Adapters, Llama, ScalarModel, cast_weights
+from mpo.model.llama import PRESETS, Adapters, Llama, ScalarModel, cast_weights
 from mpo.model.lora import TARGETS, attach
 from mpo.runtime import allocator
 from mpo.tools import memory
@@ -266,3 +267,34 @@ def test_the_flag_plan_prints_the_plan_and_writes_nothing(hh_run, tmp_path):
         "train_sft.py", "--data", hh_run / "data", "--tokenizer", tmp_path, "--out", "x", "--plan", "true", expect=2
     )
     assert "tokenizer.model: no such file" in done.stderr
+
+
+def test_a_microbatch_of_0_is_the_most_rows_that_divide_a_step_and_fit():
+    c = replace(PRESETS["small"], vocab_size=32000)
+    config = DPOConfig(out="", data="", model="", batch=24, max_prompt=448, max_response=224)
+    sizes = [memory.microbatch_within(config, c, 1, cpu=True, capacity=gigabytes * 1e9) for gigabytes in (2, 6, 12, 96)]
+    assert sizes == sorted(sizes)
+    assert (sizes[0], sizes[-1]) == (1, 24)
+    assert 1 < sizes[1] < 24
+    for size, gigabytes in zip(sizes[1:], (6, 12, 96), strict=True):
+        larger = min([n for n in (1, 2, 3, 4, 6, 8, 12, 24) if n > size], default=24)
+        plans = [sum(line.bytes for line in lines(replace(config, microbatch=n), c)) + 1e9 for n in (size, larger)]
+        assert plans[0] <= gigabytes * 1e9 / 2  # half of the memory
+        assert size == 24 or plans[1] > gigabytes * 1e9 / 2
+
+
+def test_a_microbatch_of_0_is_divided_among_processes():
+    c = small_config()
+    flags = {"out": "", "rm": "", "data": "", "model": ""}
+    sgd = DPOConfig(**{k: v for k, v in flags.items() if k != "rm"}, batch=32)
+    ppo = PPOConfig(**{k: v for k, v in flags.items() if k != "data"}, prompts="", ref="", minibatch=64)
+    split = SplitConfig(**{k: v for k, v in flags.items() if k != "model"})
+    for processes, expected in ((1, (32, 16, 64)), (2, (16, 16, 64)), (4, (8, 16, 64))):
+        chosen = [memory.microbatch_within(x, c, processes, cpu=True, capacity=1e12) for x in (sgd, ppo, split)]
+        assert tuple(chosen) == expected
+
+
+def test_a_microbatch_that_was_given_is_kept():
+    config = SFTConfig(out="", data="", tokenizer="", batch=8, microbatch=2)
+    assert memory.with_microbatch(config, small_config()) is config
+    assert memory.with_microbatch(replace(config, microbatch=0), small_config()).microbatch == 8
