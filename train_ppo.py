@@ -86,7 +86,7 @@ def main(config: PPOConfig) -> None:
     kept = milestones(config.iterations, config.keep)
     saves = Saves(stage, config, learner.parts)
     start = {"kl_coef": config.kl_coef, "first": {}, "last": {}, "warnings": {}}
-    done, state = saves.restore(start)  # what one iteration passes to the next, besides weights
+    done, state = saves.restore(start, config.iterations)  # what one iteration passes to the next, besides weights
 
     bar = progress(range(done, config.iterations), stage.name, done)
     batches = itertools.islice(prompt_batches(pairs, config), done, None)

@@ -51,10 +51,10 @@ class Saves:
         self.folder = stage.out / SAVES
         self.last_at, self.last_cost = time.monotonic(), 0.0  # when the last save ended, and how long it took
 
-    def restore(self, numbers: Numbers) -> tuple[int, Numbers]:
+    def restore(self, numbers: Numbers, steps: int) -> tuple[int, Numbers]:
         """Continue from the last save: returns the steps done and the saved numbers, or (0, numbers) without one.
 
-        From here on, signals wait for the end of a step (signals.py).
+        From here until all `steps` are done, signals wait for the end of a step (signals.py).
         """
         step = 0
         if newest := distributed.from_main(self._newest):
@@ -65,7 +65,7 @@ class Saves:
             print(f"{self.stage.name}: going on after step {step}, from {path}")
             signals.promise(f"goes on after step {step}")
         distributed.from_main(lambda: self.stage.forget(step))
-        signals.defer(True)
+        signals.defer(step < steps)
         return step, numbers
 
     def after(self, step: int, numbers: Numbers, last: bool) -> None:

@@ -105,7 +105,8 @@ def train(
     configure_layers(model, config.recompute, config.compile)
     optimiser = make_optimiser(model, config.lr, config.weight_decay, kind=config.optimiser)
     saves = Saves(stage, config, {"model": Part(model, optimiser)})
-    done, numbers = saves.restore({"recent": [], "carried": carried.state_dict() if carried else {}})
+    begin = {"recent": [], "carried": carried.state_dict() if carried else {}}
+    done, numbers = saves.restore(begin, len(batches))
     recent: list[dict[str, float]] = numbers["recent"]
     if carried:
         carried.load_state_dict(numbers["carried"])

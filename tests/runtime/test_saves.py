@@ -168,3 +168,30 @@ def test_a_stage_that_is_interrupted_says_what_the_same_command_does(hh_run, tmp
     flags[flags.index("1000")] = "0"  # a save after every step
     stopped = run_script(hooked, *flags, expect=128 + signal.SIGTERM)
     assert stopped.stderr.splitlines()[-1] == "train_dpo.py: interrupted; the same command goes on after step 2"
+
+
+STOPPED_WHILE_SCORING = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+from mpo.model import scoring
+
+each_batch = scoring.each_batch
+
+def stop(*arguments):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return each_batch(*arguments)
+
+scoring.each_batch = stop
+sys.argv[0] = "train_rm.py"
+runpy.run_path({root!r} + "/train_rm.py", run_name="__main__")
+"""
+
+
+def test_a_signal_stops_the_scoring_after_training_at_once_also_in_a_resumed_stage(hh_run, tmp_path):
+    """The second run has no step left to do."""
+    script = tmp_path / "stopped.py"
+    script.write_text(STOPPED_WHILE_SCORING.format(root=str(ROOT)))
+    flags = ["--data", hh_run / "data", "--model", hh_run / "sft", "--out", tmp_path / "rm", "--batch", 8, "--epochs", 1]
+    for _ in range(2):
+        stopped = run_script(script, *flags, expect=128 + signal.SIGTERM)
+        assert "interrupted; the same command goes on after step" in stopped.stderr.splitlines()[-1]
