@@ -178,6 +178,7 @@ from mpo.model import scoring
 each_batch = scoring.each_batch
 
 def stop(*arguments):
+    scoring.each_batch = each_batch  # a second signal would always be obeyed
     os.kill(os.getpid(), signal.SIGTERM)
     return each_batch(*arguments)
 
