@@ -49,11 +49,19 @@ def hold_out(source: str, rows: Sequence[Row], share: float, seed: int) -> dict[
 
 
 def sample(rows: Sequence[Row], most: int, seed: int, purpose: str) -> list[Row]:
-    """At most `most` rows, chosen at random and kept in order; all of them if `most` is 0."""
+    """At most `most` rows, chosen at random and kept in order; all of them if `most` is 0.
+
+    The sample is stratified: each domain gives the same share of its rows, rounded up or down.
+    """
     if not most or len(rows) <= most:
         return list(rows)
-    chosen = torch.randperm(len(rows), generator=generator(seed, purpose))[:most]
-    return [rows[i] for i in chosen.sort().values.tolist()]
+    order = torch.randperm(len(rows), generator=generator(seed, purpose)).tolist()
+    sizes, before, places = Counter(row.domain for row in rows), Counter[str](), dict[int, float]()
+    for i in order:  # the place of a row in its domain, from 0 to 1: those near 0 are chosen
+        domain = rows[i].domain
+        places[i] = (before[domain] + 0.5) / sizes[domain]
+        before[domain] += 1
+    return [rows[i] for i in sorted(sorted(order, key=lambda i: places[i])[:most])]
 
 
 def without_overlap(splits: dict[str, list[Row]], dropped: Counter[str]) -> dict[str, list[Row]]:

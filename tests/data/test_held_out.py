@@ -75,6 +75,16 @@ def test_a_sample_is_random_and_in_order():
     assert sample(rows, 0, 1, "train") == sample(rows, 1000, 1, "train") == sample(rows, 2000, 1, "train") == rows
 
 
+@pytest.mark.parametrize(("most", "expected"), [(1, None), (15, (10, 4, 1)), (30, (20, 8, 2)), (149, None)])
+def test_a_sample_has_each_domain_in_its_share(most, expected):
+    rows = rows_of(*range(100), domain="a") + rows_of(*range(40), domain="b") + rows_of(*range(10), domain="c")
+    for seed in (1, 2, 3):
+        counts = Counter(row.domain for row in sample(rows, most, seed, "train"))
+        assert sum(counts.values()) == most
+        assert all(abs(counts[d] - most * n / 150) < 1 for d, n in (("a", 100), ("b", 40), ("c", 10)))
+        assert expected is None or tuple(counts[d] for d in "abc") == expected
+
+
 def test_training_rows_with_a_test_prompt_are_dropped_and_counted():
     dropped: Counter[str] = Counter()
     splits = without_overlap({"train": rows_of("a", "b", "a", "c"), "test": rows_of("a", "d")}, dropped)
