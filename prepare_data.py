@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from mpo.config import DataConfig
-from mpo.data import hh, tldr
+from mpo.data import hh, published, tldr
 from mpo.data.dialogue import usual_form
 from mpo.data.formats import read_file
 from mpo.data.held_out import hold_out, sample, without_overlap
@@ -19,6 +19,7 @@ from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_text
 from mpo.runtime.output import counts_text
 from mpo.runtime.stage import Stage
+from mpo.tools import hub
 from mpo.world.build import build, flip_labels, probe_sheet
 
 Splits = dict[str, list[Row]]
@@ -38,19 +39,24 @@ def make(config: DataConfig, out: Path) -> Splits:
 def read(config: DataConfig, dropped: Counter[str]) -> tuple[str, Splits]:
     """The format of --data, and the rows of each split; `dropped` counts what was left out, by reason.
 
-    A folder in the task's official layout has splits of its own. A file is divided, unless --test_data names the test
-    rows. Raises InputError for what cannot be read, or where a split would be empty.
+    A folder in the task's official layout has splits of its own, and so may another folder of data files. A file is
+    divided, unless --test_data names the test rows.
+
+    Raises InputError for what cannot be read, or where a split would be empty.
     """
     path, splits = Path(config.data), Splits()
-    if path.is_dir():
-        name, reader = LAYOUTS[config.task]
-        splits = {split: reader(path, split, dropped) for split in ("train", "test")[: 1 if config.test_data else 2]}
+    official, reader = LAYOUTS[config.task]
+    if path.is_dir() and not published.is_meant(path, config.task):
+        wanted = ("train",) if config.test_data else ("train", "test")
+        name, splits = official, {split: reader(path, split, dropped) for split in wanted}
+    elif path.is_dir():
+        name, splits = published.read_folder(path, dropped)
     else:
         name, splits["train"] = read_file(path, dropped)
-        refuse_empty(config.data, name, splits, dropped)
+    refuse_empty(config.data, name, splits, dropped)
     if config.test_data:
         _, splits["test"] = read_file(Path(config.test_data), dropped)
-    elif not path.is_dir():
+    elif "test" not in splits:
         splits = hold_out(f"{path}, read as {name}", splits["train"], config.held_out, config.seed)
     splits = without_overlap(splits, dropped)
     refuse_empty(config.data, name, splits, dropped)
@@ -77,6 +83,8 @@ def check(config: DataConfig) -> None:
         raise InputError("--train, --test: the built-in world has no end, so that 0 (all) is not possible")
     if config.test_data and config.data in ("builtin", config.test_data):
         raise InputError(f"--test_data {config.test_data}: needs --data with other rows, to train on")
+    if config.data != "builtin" and not Path(config.data).exists():
+        raise InputError(f"--data {config.data}: no such file or folder{hub.advice('dataset', config.data)}")
 
 
 def main(config: DataConfig) -> None:

@@ -27,7 +27,7 @@ from mpo.runtime.output import counts_text
 from mpo.runtime.seeding import generator
 from mpo.runtime.setup import setup_torch
 from mpo.runtime.stage import Stage
-from mpo.tools import memory
+from mpo.tools import hub, memory
 from mpo.training.loop import train
 
 
@@ -70,7 +70,8 @@ def check(config: SFTConfig) -> None:
     if config.model in PRESETS and config.lora_rank:
         raise InputError("--lora_rank: adapters need a trained base; name a folder with --model")
     if config.model not in PRESETS and not Path(config.model).is_dir():
-        raise InputError(f"--model {config.model}: neither a folder nor a preset ({', '.join(PRESETS)})")
+        known = f"neither a folder nor a preset ({', '.join(PRESETS)})"
+        raise InputError(f"--model {config.model}: {known}{hub.advice('model', config.model)}")
 
 
 def main(config: SFTConfig) -> None:

@@ -10,10 +10,18 @@ from mpo.data.rows import read_rows
 from mpo.data.tokenizer import load_tokenizer, train_tokenizer
 from mpo.model.llama import PRESETS
 from mpo.runtime.entry import run
+from mpo.runtime.errors import InputError
 from mpo.runtime.output import counts_text
 from mpo.runtime.stage import Stage
+from mpo.tools import hub
 
 NO_LIMIT = 1 << 30  # tokens
+
+
+def check(config: TokenizerConfig) -> None:
+    """Refuse a model that is not there."""
+    if config.model not in ("", *PRESETS) and not Path(config.model).is_dir():
+        raise InputError(f"--model {config.model}: no such folder{hub.advice('model', config.model)}")
 
 
 def main(config: TokenizerConfig) -> None:
@@ -43,4 +51,4 @@ def main(config: TokenizerConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, TokenizerConfig)
+    run(main, TokenizerConfig, check)

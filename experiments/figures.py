@@ -240,7 +240,8 @@ def growth(
                 named.append(End(way.replace(", ", ",\n"), list(points)[-1], ys[-1], colour))
             sizes = list(points)
             axis.set(xscale="log", yscale="log", xlabel=thing, ylabel=label if place == 0 else "")
-            axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
+            apart = [i for i, size in enumerate(sizes) if i == 0 or size >= 1.4 * sizes[i - 1]]
+            axis.set_xticks(sizes, [f"{size:,}" if i in apart else "" for i, size in enumerate(sizes)])
             axis.set_xlim(right=sizes[-1] * (sizes[-1] / sizes[0]) ** 0.4)
             low, high = axis.get_ylim()
             ticks = [

@@ -24,7 +24,7 @@ endif
 given        := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
 wrong_name   := $(firstword $(filter-out $(takes) rm-%_FLAGS,$(given)))
 known_goals  := $(goals) $(addprefix policy-,data tokenizer sft rm $(more_rms) split eval $(folders))
-wrong_goals  := $(filter-out $(known_goals),$(started))
+wrong_goals  := $(filter-out $(known_goals) check-%,$(started))
 wrong_goal   := $(firstword $(foreach goal,$(wrong_goals),$(if $(findstring /,$(goal)),,$(goal))))
 finished     := $(notdir $(patsubst %/manifest.json,%,$(wildcard $(addsuffix /*/manifest.json,$(RUN) $(FROM)))))
 wrong_policy := $(firstword $(filter-out sft $(folders) $(finished),$(POLICIES)))

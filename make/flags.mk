@@ -58,6 +58,20 @@ export GLIBC_TUNABLES ?= glibc.malloc.tcache_count=0
 
 space := $(subst x,,x x)
 
+# MODEL=ORG/NAME or DATA=ORG/NAME (with @REVISION, if one is wanted), where there is no such folder: downloaded from the hub into
+# models/ORG/NAME or data/ORG/NAME (make/runs.mk). From here on, the variable is that folder.
+on_hub = $(if $(wildcard $(subst $(space),\ ,$(1))),,$(shell printf '%s\n' $(call quote,$(1)) | \
+         LC_ALL=C grep -vE '^(data|models|runs)/' | LC_ALL=C grep -xE '[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+(@[A-Za-z0-9_.-]+)?'))
+model_on_hub := $(call on_hub,$(MODEL))
+data_on_hub  := $(call on_hub,$(DATA))
+ifneq ($(model_on_hub),)
+override MODEL := models/$(model_on_hub)
+endif
+ifneq ($(data_on_hub),)
+override DATA := data/$(data_on_hub)
+endif
+from_hub := $(model_on_hub:%=models/%/hub.json) $(data_on_hub:%=data/%/hub.json)
+
 # $(call preset,STAGE): the flags that make/tasks.mk has for this stage
 from_scratch := $(filter tiny mini small base 1b 7b,$(subst $(space),/,$(MODEL)))
 size_of      := $(if $(from_scratch),,$(shell $(or $(PYTHON),python3) make/size.py $(call quote,$(MODEL)) 2>/dev/null))

@@ -8,7 +8,7 @@ ifneq ($(and $(findstring command line,$(origin TASK)),$(asked),$(filter-out $(a
 $(error TASK=$(TASK): `make $(asked)` sets the task; run `make $(TASK)`)
 endif
 
-hh tldr:
+hh tldr: | $(from_hub)
 	@$(MAKE) --no-print-directory TASK=$@ pipeline
 
 what_runs = $(TASK): data = $(DATA), model = $(MODEL), run folder = $(RUN)$(if $(QUICK), (QUICK: the numbers mean nothing))
@@ -21,9 +21,16 @@ pipeline: check-eval
 	@$(PY) -m mpo.tools.report $(RUN)
 
 # One policy and what it needs, without an evaluation: make policy-reversed
-policy-%: check-%
+policy-%: | $(from_hub)
+	@$(MAKE) --no-print-directory check-$*
 	@$(if $(FROM),$(share))
 	@$(MAKE) --no-print-directory $(RUN)/$*/manifest.json
+
+# MODEL=ORG/NAME, DATA=ORG/NAME. What make knows of a model, such as its size, it learns when it is started again after this.
+models/%/hub.json: | .venv/.hub
+	@$(PY) -m mpo.tools.hub model $*
+data/%/hub.json: | .venv/.hub
+	@$(PY) -m mpo.tools.hub dataset $*
 
 # FROM: link the finished stages of another run and copy their flags. A stage that is run again gets its own folder.
 share = mkdir -p $(RUN)/.made-from; for manifest in $(FROM)/*/manifest.json; do \

@@ -10,7 +10,7 @@ setup: .venv/.dev
 
 # PY=python3 names an interpreter that has all packages, as images for GPUs do. Nothing is installed then.
 ifneq ($(PY),.venv/bin/python)
-.venv/bin/python .venv/.runtime .venv/.figures .venv/.dev .venv/.parity .venv/.gpu:
+.venv/bin/python .venv/.runtime .venv/.figures .venv/.hub .venv/.dev .venv/.parity .venv/.gpu:
 	@:
 .venv/.ready:
 	@$(PY) kernels/build.py
@@ -40,14 +40,21 @@ locked = $(PY) requirements/pick.py $(1) > .venv/$(1).txt && $(PIP) install --qu
 	$(call locked,figures)
 	@touch $@
 
-# What reads tokenizer.json, for a model without a tokenizer.model (make/flags.mk). A package that is there already is left as it is. Offline,
-# the last line says what to run where there is a network.
+# $(call optional,PACKAGE,PURPOSE,what it does): install a package, unless it is there already. Offline, the last line says what
+# to run where there is a network.
+optional = $(PY) -c 'import $(1)' 2>/dev/null || { \
+	    echo 'Installing the $(1) package into .venv, which $(3).'; \
+	    $(call locked,$(2)) >.venv/$(2).log 2>&1 || { \
+	    echo "$(1): could not be installed (see .venv/$(2).log); once there is a network, run: make .venv/.$(2)" >&2; exit 2; }; }
+
+# What downloads models and data sets (MODEL=ORG/NAME)
+.venv/.hub: .venv/.runtime
+	@$(call optional,huggingface_hub,hub,downloads from the hub)
+	@touch $@
+
+# What reads tokenizer.json, for a model without a tokenizer.model (make/flags.mk).
 .venv/.tokenizers: .venv/.ready
-	@$(PY) -c 'import tokenizers' 2>/dev/null || { \
-	    echo 'Installing the tokenizers package into .venv, which reads tokenizer.json.'; \
-	    $(call locked,tokenizers) >.venv/tokenizers.log 2>&1 || { \
-	    echo "tokenizers: could not be installed (see .venv/tokenizers.log); once there is a network, run:" \
-	        "make .venv/.tokenizers" >&2; exit 2; }; }
+	@$(call optional,tokenizers,tokenizers,reads tokenizer.json)
 	@touch $@
 
 .venv/.dev: .venv/.ready

@@ -432,3 +432,22 @@ def test_a_model_whose_size_cannot_be_read_gets_no_flags_of_a_size(content, tmp_
         [sys.executable, "make/size.py", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+HUB = r"-m mpo\.tools\.hub (model|dataset) (\S+)"
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked"),
+    [
+        (["MODEL=org/name"], [("model", "org/name")]),
+        (["MODEL=org/name@v1", "DATA=org/rows"], [("model", "org/name@v1"), ("dataset", "org/rows")]),
+        (["MODEL=tiny", "DATA=data/hh-rlhf"], []),
+        (["MODEL=make", "DATA=tests/data"], []),
+        (["MODEL=/org/name", "DATA=a/b/c"], []),
+    ],
+)
+@pytest.mark.parametrize("goal", ["hh", "policy-dpo"])
+def test_a_name_that_is_no_folder_is_downloaded_from_the_hub_first(tmp_path, variables, asked, goal):
+    done = make("-n", goal, *variables, f"RUN={tmp_path}")
+    assert re.findall(HUB, done.stdout) == asked

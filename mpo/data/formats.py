@@ -262,14 +262,19 @@ def _checked(name: str) -> Callable[[str, Item], Row]:
 
 
 def read_file(path: Path, dropped: Counter[str]) -> tuple[str, list[Row]]:
-    """The format of a file of pairs, and its rows; `dropped` counts, by reason, those that make no pair.
+    """The format of a file of pairs, and its rows; see `read_files`."""
+    return read_files([path], dropped)
 
-    Raises InputError for a file without rows or of unknown format, and naming the line for a row that is not valid.
+
+def read_files(paths: Sequence[Path], dropped: Counter[str]) -> tuple[str, list[Row]]:
+    """The format of pairs in one or more files, and their rows; `dropped` counts, by reason, those that make no pair.
+
+    Raises InputError for files without rows or of unknown format, and naming the line for a row that is not valid.
     """
-    objects: Iterator[tuple[str, Item]] = iter(read_objects(path))
+    objects: Iterator[tuple[str, Item]] = chain.from_iterable(read_objects(path) for path in paths)
     if (first := next(objects, None)) is None:
-        raise InputError(f"{path}: contains no rows")
+        raise InputError(f"{paths[0]}: contains no rows")
     name = recognised(first[1])
     if name is None:
         raise unknown(*first)
-    return name, with_ids(convert_all(chain([first], objects), _checked(name), stem(path), dropped))
+    return name, with_ids(convert_all(chain([first], objects), _checked(name), stem(paths[0]), dropped))

@@ -11,6 +11,7 @@ from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, sha256
 
 MANIFEST, FLAGS, METRICS = "manifest.json", "stage.json", "metrics.jsonl"
+HUB = "hub.json"  # in a folder that was downloaded from a hub: which repository, and which commit of it (tools/hub.py)
 SAVES, LOCK = "saves", ".lock"  # only in an unfinished stage: saves.py, lock.py
 # Flags that change a stage's result by rounding at most.
 ROUNDING_ONLY = {"out", "overwrite", "threads", "save_every", "plan", "microbatch"}

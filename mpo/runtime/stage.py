@@ -25,6 +25,7 @@ from mpo.runtime.files import finite, read_json, write_bytes, write_json
 from mpo.runtime.lock import Lock
 from mpo.runtime.manifest import (
     FLAGS,
+    HUB,
     MANIFEST,
     METRICS,
     SAVES,
@@ -210,6 +211,11 @@ class Stage:
         except OSError as e:
             raise RunError(f"{self.out / 'metrics.jsonl'}: cannot be written ({e.strerror})") from None
 
+    def _about_input(self, name: str, path: str) -> dict[str, Any]:
+        """What the manifest says of an input; of one from a hub, also the commit that was downloaded."""
+        hub = Path(path) / HUB
+        return {"path": path, "sha256": self.input_hashes[name], **({"hub": read_json(hub)} if hub.is_file() else {})}
+
     def finish(self, **results: Any) -> None:
         """Write the manifest, which declares the stage finished."""
         here = device.peak_memory_mb()
@@ -221,7 +227,7 @@ class Stage:
             {
                 "stage": Path(sys.argv[0]).stem,
                 "config": asdict(self.config),
-                "inputs": {n: {"path": p, "sha256": self.input_hashes[n]} for n, p in self.inputs.items()},
+                "inputs": {n: self._about_input(n, p) for n, p in self.inputs.items()},
                 "outputs": hash_tree(self.out),
                 "results": finite(results),
                 "seconds": round(self.seconds, 1),

@@ -192,7 +192,18 @@ def test_a_signal_stops_the_scoring_after_training_at_once_also_in_a_resumed_sta
     """The second run has no step left to do."""
     script = tmp_path / "stopped.py"
     script.write_text(STOPPED_WHILE_SCORING.format(root=str(ROOT)))
-    flags = ["--data", hh_run / "data", "--model", hh_run / "sft", "--out", tmp_path / "rm", "--batch", 8, "--epochs", 1]
+    flags = [
+        "--data",
+        hh_run / "data",
+        "--model",
+        hh_run / "sft",
+        "--out",
+        tmp_path / "rm",
+        "--batch",
+        8,
+        "--epochs",
+        1,
+    ]
     for _ in range(2):
         stopped = run_script(script, *flags, expect=128 + signal.SIGTERM)
         assert "interrupted; the same command goes on after step" in stopped.stderr.splitlines()[-1]
