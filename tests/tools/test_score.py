@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from mpo.tools import score
 from mpo.tools.score import SECTIONS, by_category, report_of
 from mpo.world.build import build
 from tests.conftest import small_model
-from tests.support.scripts import run_script
+from tests.support.scripts import ROOT, run_script
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +177,7 @@ def test_rows_that_do_not_fit_are_counted_and_the_rest_is_scored(tmp_path, rm):
     with pytest.raises(InputError, match=r"no row makes a pair \(1 same response twice\)"):
         run(tmp_path / "none", rm, only)
     only.write_text(json.dumps(more | {"chosen": "word " * 900}) + "\n")
-    with pytest.raises(InputError, match="none of the rows fits .1 dropped: longer than the 400 tokens"):
+    with pytest.raises(InputError, match=r"none of the rows fits \(1 dropped: longer than the 400 tokens"):
         run(tmp_path / "none", rm, only)
 
 
@@ -242,17 +244,21 @@ def test_ties_count_as_half_and_are_shown():
     assert "A tie counts as half" in report
 
 
-def test_make_names_a_folder_after_reward_model_and_file_and_takes_the_runs_own_without_them(tmp_path):
-    shown = run_script(
-        "-c", "import subprocess; subprocess.run(['make', '-n', 'score', 'RUN=runs/x'], check=True)"
-    ).stdout
-    assert "--rm runs/x/rm --data runs/x/data/test.jsonl" in shown
-    assert "--out runs/scores/runs-x-rm/runs-x-data-test.jsonl" in shown
+@pytest.mark.parametrize(
+    ("words", "rm", "data", "out"),
+    [
+        (["RUN=runs/x"], "runs/x/rm", "runs/x/data/test.jsonl", "runs/scores/runs-x-rm/runs-x-data-test.jsonl"),
+        (["RM=a/b", "DATA=my pairs.csv"], "a/b", "'my pairs.csv'", "'runs/scores/a-b/my pairs.csv'"),
+        (["RM=a", "DATA=p.json", "OUT=o", "SHARD=1"], "a", "p.json --shard true", "o"),
+    ],
+)
+def test_make_names_a_folder_after_reward_model_and_file_and_takes_the_runs_own_without_them(words, rm, data, out):
+    done = subprocess.run(["make", "-n", "score", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    *_, command = done.stdout.strip().splitlines()
+    assert command.endswith(f"-m mpo.tools.score --out {out} --seed 1 --rm {rm} --data {data}")
 
 
 def test_the_format_keeps_no_id_since_prompts_repeat(tmp_path):
-    from collections import Counter
-
     path = benchmark(tmp_path / "filtered.jsonl", {"hep-go": 1, "hep-js": 1})
     _, rows = read_file(path, Counter())
     assert [(row.id, row.domain) for row in rows] == [("filtered-0", "hep-go"), ("filtered-1", "hep-js")]
