@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpo import evaluation
 from mpo.config import EvalConfig
-from mpo.data.batches import Pair, encode, make_batch
+from mpo.data.batches import Pair, encode_for_each, make_batch
 from mpo.data.rows import read_rows
 from mpo.data.tokenizer import Tokenizer, shared_tokenizer
 from mpo.model.checkpoint import load_model, load_scalar
@@ -19,7 +19,7 @@ from mpo.model.generate import Sampling, generate
 from mpo.model.lengths import check_lengths
 from mpo.model.llama import Llama, ScalarModel
 from mpo.model.logprobs import compare
-from mpo.model.scoring import each_batch, score, score_chosen
+from mpo.model.scoring import Scorer, each_batch, rm_tokenizer, score, score_chosen, scorer_between
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json, write_text
@@ -55,6 +55,7 @@ def sample(
     tokenizer: Tokenizer,
     pairs: Sequence[Pair],
     config: EvalConfig,
+    scorer: Scorer = score,
 ) -> list[dict[str, Any]]:
     """Sample one response to each prompt and measure it. Every policy gets the same random numbers.
 
@@ -68,7 +69,7 @@ def sample(
     def reward_and_kl(sequences: Sequence[tuple[list[int], list[int]]]) -> Tensor:
         batch = make_batch(sequences)
         kl = compare(policy, base, batch, config.temperature or 1.0).kl.sum(1)
-        return torch.stack((score(rm, batch), kl), 1)  # (b, 2)
+        return torch.stack((scorer(rm, batch), kl), 1)  # (b, 2)
 
     for start in progress(range(0, len(pairs), config.batch), f"sample {name}", leave=False):
         part = pairs[start : start + config.batch]
@@ -96,9 +97,14 @@ def sample(
     return rows
 
 
-def dataset_responses(rm: ScalarModel, tokenizer: Tokenizer, pairs: Sequence[Pair], batch: int) -> list[dict[str, Any]]:
-    """The chosen responses of the data set, measured like those of a policy, except for KL."""
-    rewards = score_chosen(rm, pairs, batch)
+def dataset_responses(
+    rm: ScalarModel, pairs: Sequence[Pair], judged: Sequence[Pair], batch: int
+) -> list[dict[str, Any]]:
+    """The chosen responses of the data set, measured like those of a policy, except for KL.
+
+    `pairs`, `judged`: the same rows in the ids of the policies, and of the reward model.
+    """
+    rewards = score_chosen(rm, judged, batch)
     return [
         {
             "id": pair.row.id,
@@ -174,17 +180,22 @@ def main(config: EvalConfig) -> None:
     stage = Stage(config, inputs | folders, config.out, config.overwrite)
     first = next(iter(folders.values()))
     samplers, rms = [("--policies", folder) for folder in folders.values()], [("--rm", config.rm)]
-    tokenizer, rm, base = shared_tokenizer(samplers + rms), load_scalar(config.rm), load_model(first)
+    tokenizer, reads = shared_tokenizer(samplers), rm_tokenizer(config.rm)
+    rm, base = load_scalar(config.rm), load_model(first)
     base.eval(), rm.eval()
     held_out = read_rows(Path(config.data) / "test.jsonl")
     rows = [held_out[i] for i in evaluation.stratified([r.domain for r in held_out], config.prompts)]
-    pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
-    check_lengths(samplers + rms, ((len(p.prompt), config.max_new) for p in pairs), "--max_new")
-    check_lengths(rms, ((len(p.prompt), len(p.chosen)) for p in pairs))
+    (pairs, judged), counts = encode_for_each(rows, [tokenizer, reads], config.max_prompt, config.max_response)
+    for models, of_models in ((samplers, pairs), (rms, judged)):
+        check_lengths(models, ((len(p.prompt), config.max_new) for p in of_models), "--max_new")
+    check_lengths(rms, ((len(p.prompt), len(p.chosen)) for p in judged))
     print(f"eval: prompts: {counts_text(counts)}")
 
-    responses = {name: sample(name, load_model(f), base, rm, tokenizer, pairs, config) for name, f in folders.items()}
-    responses["chosen"] = dataset_responses(rm, tokenizer, pairs, config.batch)
+    scorer = scorer_between(tokenizer, reads, pairs, judged)
+    responses = {
+        name: sample(name, load_model(f), base, rm, tokenizer, pairs, config, scorer) for name, f in folders.items()
+    }
+    responses["chosen"] = dataset_responses(rm, pairs, judged, config.batch)
     if read_manifest(Path(config.data) / "manifest.json")["results"].get("source") == "builtin":
         for answered in responses.values():
             add_gold(answered)

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from mpo import evaluation
 from mpo.config import SplitConfig
-from mpo.data.batches import Pair, encode
+from mpo.data.batches import Pair, encode_for_each
 from mpo.data.rows import read_rows, write_rows
-from mpo.data.tokenizer import shared_tokenizer
 from mpo.model.checkpoint import load_scalar
 from mpo.model.lengths import check_lengths, sequences_of
-from mpo.model.scoring import score_all
+from mpo.model.scoring import rm_tokenizer, score_all
 from mpo.preference.split import Split, assign, control, gap_over_uncertainty, parse_gamma, split_by_gap, threshold
 from mpo.runtime.entry import run
 from mpo.runtime.errors import InputError
@@ -60,15 +59,16 @@ def main(config: SplitConfig) -> None:
     folders = config.rm.split(",")
     inputs = {"data": config.data} | {"rm" if i == 0 else f"rm-{i + 1}": f for i, f in enumerate(folders)}
     stage = Stage(config, inputs, config.out, config.overwrite)
-    rms = [("--rm", folder) for folder in folders]
-    tokenizer = shared_tokenizer(rms)
-    models = [load_scalar(folder) for folder in folders]  # each scores on its own normalised scale
+    tokenizers = [rm_tokenizer(folder) for folder in folders]  # each reward model reads the rows with its own
+    models = [load_scalar(folder, centred=False) for folder in folders]  # each scores on its own normalised scale
     config = memory.with_microbatch(config, models[0].config)
     rows = read_rows(Path(config.data) / "train.jsonl")
-    pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
-    check_lengths(rms, sequences_of(pairs))
+    encoded, counts = encode_for_each(rows, tokenizers, config.max_prompt, config.max_response)
+    for folder, of_rm in zip(folders, encoded, strict=True):
+        check_lengths([("--rm", folder)], sequences_of(of_rm))
     print(f"split: rows: {counts_text(counts)}")
-    scores = [score_all(rm, pairs, config.microbatch) for rm in models]
+    scores = [score_all(rm, of_rm, config.microbatch) for rm, of_rm in zip(models, encoded, strict=True)]
+    pairs = encoded[0]
     chosen, rejected = (torch.stack(s) for s in zip(*scores, strict=True))  # (K, N) each
     gaps = (chosen - rejected).mean(0)
     log_odds = ((chosen - rejected) * torch.stack([rm.score_std.cpu() for rm in models])[:, None]).mean(0)

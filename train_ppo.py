@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from mpo.config import PPOConfig
-from mpo.data.batches import Pair, encode
+from mpo.data.batches import Pair, encode_for_each
 from mpo.data.rows import read_rows
 from mpo.data.tokenizer import Tokenizer, shared_tokenizer
 from mpo.model.checkpoint import load_scalar, save_model
 from mpo.model.generate import Sampling
 from mpo.model.lengths import check_lengths
 from mpo.model.lora import adapters_of
+from mpo.model.scoring import rm_tokenizer, score, scorer_between
 from mpo.ppo.equations import next_kl_coef
 from mpo.ppo.learner import load_learner
 from mpo.ppo.monitor import collapses, rollout_metrics
@@ -52,13 +54,13 @@ def check(config: PPOConfig) -> None:
         raise InputError(f"--kl_horizon {config.kl_horizon:g}: must be above {least}, or the price of KL falls below 0")
 
 
-def load_prompts(config: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], dict[str, int]]:
-    """The rows whose prompts are sampled from, and how many were left out, by reason."""
+def load_prompts(config: PPOConfig, tokenizers: Sequence[Tokenizer]) -> tuple[list[list[Pair]], dict[str, int]]:
+    """The rows whose prompts are sampled from, encoded by each tokenizer, and how many were left out, by reason."""
     everything = read_rows(config.prompts)
     rows = everything[: config.limit or None]
-    pairs, counts = encode(rows, tokenizer, config.max_prompt, config.max_response)
+    encoded, counts = encode_for_each(rows, tokenizers, config.max_prompt, config.max_response)
     beyond = len(everything) - len(rows)
-    return pairs, counts | ({"dropped: beyond --limit": beyond} if beyond else {})
+    return encoded, counts | ({"dropped: beyond --limit": beyond} if beyond else {})
 
 
 def warn(stage: Stage, iteration: int, state: dict[str, Any]) -> dict[str, str]:
@@ -74,13 +76,18 @@ def main(config: PPOConfig) -> None:
     setup_torch(config)
     inputs = {"prompts": config.prompts, "model": config.model, "ref": config.ref, "rm": config.rm}
     stage = Stage(config, inputs, config.out, config.overwrite)
-    models = [("--model", config.model), ("--ref", config.ref), ("--rm", config.rm)]
-    tokenizer, learner, rm = shared_tokenizer(models), load_learner(config), load_scalar(config.rm)
+    models, rms = [("--model", config.model), ("--ref", config.ref)], [("--rm", config.rm)]
+    tokenizer, reads = shared_tokenizer(models), rm_tokenizer(config.rm)
+    (pairs, judged), counts = load_prompts(config, [tokenizer, reads])
+    for folders, of_folders in ((models, pairs), (rms, judged)):
+        check_lengths(folders, ((len(p.prompt), config.max_new) for p in of_folders), "--max_new")
+    scorer = scorer_between(tokenizer, reads, pairs, judged)
+    learner, rm = load_learner(config, same_ids=scorer is score), load_scalar(config.rm)
     policy, ref, critic = learner.policy, learner.ref, learner.critic.model if learner.critic else None
     config = memory.with_microbatch(config, policy.config)
-    pairs, counts = load_prompts(config, tokenizer)
-    check_lengths(models, ((len(p.prompt), config.max_new) for p in pairs), "--max_new")
     print(f"{stage.name}: prompts: {counts_text(counts)}")
+    if scorer is not score:
+        print(f"{stage.name}: the reward model has a tokenizer or chat template of its own, and gets responses as text")
     way = memory.way_to_sample(config, policy.config)
     sampling = Sampling(config.max_new, config.temperature, tokenizer.eos, way.whole, way.rows)
     kept = milestones(config.iterations, config.keep)
@@ -95,7 +102,7 @@ def main(config: PPOConfig) -> None:
         try:
             # 1. Sample responses, and score them with every model; check that sampling and scoring agree.
             draw, prompts = generator(config.seed, "rollout", iteration), [p.prompt for p in batch]
-            rollout = roll_out(policy, ref, rm, critic, prompts, sampling, draw, config.microbatch)
+            rollout = roll_out(policy, ref, rm, critic, prompts, sampling, draw, config.microbatch, scorer)
             # 2. Rewards: minus the KL to the reference at each token, plus the score at the last. Then advantages.
             credit = assign_credit(rollout, kl_coef, config)
             metrics = rollout_metrics(rollout, credit) | {"kl_coef": kl_coef}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,16 @@ def normalise(rm: ScalarModel, pairs: list[Pair], batch: int) -> tuple[float, fl
     Returns the mean and the standard deviation of the raw scores.
     """
     chosen = score_chosen(rm, pairs[:NORMALISE_ON], batch)
+    mean, std = float(chosen.mean()), float(chosen.std())
+    if not 0 < std < math.inf:
+        raise InputError(
+            f"the scores of {len(chosen)} chosen responses have a standard deviation of {std:g}, by which they cannot "
+            "be divided; train on more rows, or with another --lr"
+        )
     with torch.no_grad():
-        rm.score_mean += float(chosen.mean())
-        rm.score_std *= float(chosen.std())
-    return float(chosen.mean()), float(chosen.std())
+        rm.score_mean += mean
+        rm.score_std *= std
+    return mean, std
 
 
 def held_out(gaps: Tensor, std: float, seed: int) -> dict[str, Any]:

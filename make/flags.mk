@@ -21,7 +21,7 @@ plain_name := a name without spaces and other signs that mean something to make 
 syntax     := [:space:]:;&|<>()$$*?"`$(hash)%=~!{}\['"'"'
 $(call check,RUN STAGE,'^[A-Z]+=[^]$(syntax)-][^]$(syntax)]*$$',$(plain_name))
 $(call check,FROM,'^[A-Z]+=[^]$(syntax)]*$$',$(plain_name))
-$(call check,DATA TEST_DATA MODEL,'^[A-Z_]+=[^[:space:]$$]+( [^[:space:]$$]+)*$$|^TEST_DATA=$$',a name without a dollar sign or two spaces in a row)
+$(call check,DATA TEST_DATA MODEL RM OUT,'^[A-Z_]+=[^[:space:]$$]+( [^[:space:]$$]+)*$$|^TEST_DATA=$$',a name without a dollar sign or two spaces in a row)
 $(call check,SEED,'^[A-Z]+=[0-9]+$$',a number)
 $(call check,NPROC,'^[A-Z]+=[1-9][0-9]*$$',a number of processes)
 $(call check,LORA,'^[A-Z]+=[0-9]*$$',a number)

@@ -1,6 +1,6 @@
 # What one does with a run: make it, talk to its models, look at its report, check its files.
 
-goals += hh tldr pipeline chat report verify data/hh-rlhf
+goals += hh tldr pipeline chat report score verify data/hh-rlhf
 
 # `make hh TASK=tldr` asks for both tasks at once.
 asked := $(filter hh tldr,$(MAKECMDGOALS))
@@ -44,6 +44,17 @@ chat: .venv/.ready $(call reader,$(RUN)/$(STAGE))
 
 report: .venv/.runtime
 	@$(PY) -m mpo.tools.report $(RUN)
+
+# How often a reward model prefers the chosen response, by category. Without RM it is the run's; without DATA, the pairs
+# are the run's test split. The result goes to a folder of its own, named after both.
+score_takes := TASK RUN RM DATA OUT SEED BF16 NPROC SHARD DEVICE REDO SCORE_FLAGS
+judge  = $(if $(filter default,$(origin RM)),$(RUN)/rm,$(RM))# make itself has a variable of this name
+judged = $(if $(filter command,$(firstword $(origin DATA))),$(DATA),$(RUN)/data/test.jsonl)
+OUT   ?= runs/scores/$(subst /,-,$(judge))/$(subst /,-,$(judged))
+score: .venv/.ready $(call reader,$(judge))
+	@$(strip $(python) $(if $(launch),$(launch) mpo/tools/score.py,-m mpo.tools.score) --out $(call as_word,$(OUT)) \
+	    $(if $(REDO),--overwrite true) --seed $(SEED) --rm $(call as_word,$(judge)) --data $(call as_word,$(judged)) \
+	    $(precision) $(place) $(SCORE_FLAGS))
 
 verify: .venv/.runtime
 	@$(PY) -m mpo.tools.verify $(RUN)

@@ -266,6 +266,20 @@ class EvalConfig(Limits):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreConfig(Limits):
+    """Score a file of preference pairs with a reward model, and print its accuracy by category."""
+
+    # Data and model
+    data: str  # a file of pairs, in any format of docs/data.md; RewardBench's is one of them
+    rm: str  # folder of the reward model
+    microbatch: Size = 8  # pairs scored at once
+
+    # Lengths, in tokens
+    max_prompt: Size = 2048  # of a prompt with BOS; a longer dialogue loses its oldest turns
+    max_response: Annotated[int, Range(2)] = 2048  # of a response with EOS; a row with a longer response is dropped
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatConfig:
     """Type to a model."""
 

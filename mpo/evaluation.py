@@ -15,9 +15,25 @@ def bootstrap(values: ArrayLike, seed: int = 0, draws: int = 2000) -> Interval:
     """Mean of at least one value, with a 95 % interval: percentiles of the means of `draws` resamples."""
     x = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
-    means = x[rng.integers(0, len(x), (draws, len(x)))].mean(1)
-    low, high = np.quantile(means, (0.025, 0.975))
-    return float(x.mean()), float(low), float(high)
+    return interval_of(x.mean(), x[rng.integers(0, len(x), (draws, len(x)))].mean(1))
+
+
+def interval_of(value: float, draws: ArrayLike) -> Interval:
+    """A value with the percentiles that bound 95 % of its draws."""
+    low, high = np.quantile(np.asarray(draws), (0.025, 0.975))
+    return float(value), float(low), float(high)
+
+
+def win_rate(won: ArrayLike, seed: int | Sequence[int] = 0, draws: int = 2000) -> tuple[float, NDArray[np.float64]]:
+    """The mean of at least one result 0, 1/2 or 1, and the means (draws,) of resamples, as in `bootstrap`.
+
+    How many of each there are in a resample is drawn at once, so that a million results take no more memory than ten.
+    """
+    x = np.asarray(won, dtype=np.float64)
+    kinds = np.array((0.0, 0.5, 1.0))
+    shares = (x[:, None] == kinds).mean(0)
+    counts = np.random.default_rng(seed).multinomial(len(x), shares, draws)  # (draws, 3)
+    return float(x.mean()), counts @ kinds / len(x)
 
 
 def wins(ours: ArrayLike, theirs: ArrayLike) -> NDArray[np.float64]:

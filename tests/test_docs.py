@@ -6,11 +6,15 @@ import inspect
 import re
 
 import pytest
+import torch
 
 import train_dpo
 from mpo.config import DPOConfig
-from mpo.data.rows import write_rows
-from mpo.model.checkpoint import save_model
+from mpo.data.batches import encode
+from mpo.data.rows import Row, write_rows
+from mpo.data.tokenizer import load_tokenizer
+from mpo.model.checkpoint import load_scalar, save_model
+from mpo.model.scoring import score_all
 from mpo.preference import losses
 from mpo.preference.losses import PREFERENCE_LOSSES
 from mpo.runtime.files import read_json
@@ -65,6 +69,20 @@ def test_the_losses_page_names_every_loss_with_its_constants():
         assert row, name
         for constant in constants:
             assert f"{constant.name}={constant.default:g}" in row[0], name
+
+
+def test_the_example_of_a_reward_model_in_transformers_gives_our_scores(hh_run):
+    """The page's example, run as written, on another folder."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")
+    page = (ROOT / "docs" / "models.md").read_text()
+    example = re.search(r"### Ours elsewhere.*?```python\n(.*?)```", page, re.DOTALL)[1]
+    names: dict[str, object] = {}
+    exec(compile(example.replace("runs/hh/rm", str(hh_run / "rm")), "docs/models.md", "exec"), names)
+    row = Row("x", names["prompt"], *names["responses"])
+    pairs, _ = encode([row], load_tokenizer(hh_run / "rm"), 384, 128)
+    ours = torch.cat(score_all(load_scalar(hh_run / "rm", centred=False), pairs, 1))
+    torch.testing.assert_close(names["scores"].detach(), ours, rtol=0, atol=1e-4)
 
 
 def test_your_own_loss_in_five_lines(tmp_path, monkeypatch, tokenizer):

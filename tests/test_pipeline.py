@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from mpo.data.batches import encode
 from mpo.data.rows import read_rows
@@ -60,6 +61,34 @@ def test_the_reward_is_normalised_on_sft_references(hh_run):
     chosen, _ = score_all(load_scalar(hh_run / "rm"), pairs, 16)
     assert chosen.mean().item() == pytest.approx(0, abs=1e-3)
     assert chosen.std().item() == pytest.approx(1, abs=1e-3)
+
+
+@torch.no_grad()
+def test_transformers_gives_the_scores_of_the_split_and_with_the_recorded_mean_the_rewards_of_the_evaluation(hh_run):
+    """From the texts alone, in padded batches, with the tokenizer and the model of the folder."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(hh_run / "rm")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(hh_run / "rm").eval()
+
+    def scores_of(texts):
+        ids = [tokenizer(p).input_ids + tokenizer(r, add_special_tokens=False).input_ids for p, r in texts]
+        batch = tokenizer.pad({"input_ids": [[*row, tokenizer.eos_token_id] for row in ids]}, return_tensors="pt")
+        return model(**batch).logits[:, 0].tolist()
+
+    def lines_of(path):
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    rows = {row["id"]: row for row in lines_of(hh_run / "data" / "train.jsonl")}
+    split = lines_of(hh_run / "split" / "scores.jsonl")[:20]
+    for name in ("chosen", "rejected"):
+        theirs = scores_of([(rows[row["id"]]["prompt"], rows[row["id"]][name]) for row in split])
+        assert theirs == pytest.approx([row[name] for row in split], abs=1e-4)
+    evaluated = lines_of(hh_run / "eval" / "responses-chosen.jsonl")
+    theirs = scores_of([(row["prompt"], row["response"]) for row in evaluated])
+    assert [score - model.config.mpo_score_mean for score in theirs] == pytest.approx(
+        [row["reward"] for row in evaluated], abs=1e-4
+    )
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(hh_run, tmp_path):

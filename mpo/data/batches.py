@@ -142,6 +142,27 @@ def encode(
     return pairs, {k: v for k, v in counts.items() if v}
 
 
+def encode_for_each(
+    rows: Sequence[Row], tokenizers: Sequence[Tokenizer], max_prompt: int, max_response: int
+) -> tuple[list[list[Pair]], dict[str, int]]:
+    """`encode` by each of several tokenizers: the same rows in the same order, namely those that fit for all of them.
+
+    Returns the pairs of each tokenizer, and how many rows were kept, cut (by the last tokenizer) and dropped (by any).
+    """
+    encoded, counts = list[list[Pair]](), Counter[str]()
+    for i, tokenizer in enumerate(tokenizers):
+        if alike := [j for j in range(i) if tokenizers[j].same_as(tokenizer)]:
+            encoded.append(encoded[alike[0]])
+            continue
+        pairs, of_pairs = encode(rows, tokenizer, max_prompt, max_response)
+        rows = [pair.row for pair in pairs]
+        encoded.append(pairs)
+        dropped = {name: n + counts[name] for name, n in of_pairs.items() if name.startswith("dropped")}
+        counts |= Counter(of_pairs | dropped)  # the larger of two counts, of which the old one is part of the new one
+    left = {row.id for row in rows}
+    return [[pair for pair in pairs if pair.row.id in left] for pairs in encoded], dict(counts) | {"kept": len(rows)}
+
+
 def _check_whole(row: Row, tokenizer: Tokenizer) -> None:
     """Raise InputError where the ids of the prompt and of a response do not begin those of the whole conversation."""
     for name, response in (("chosen", row.chosen), ("rejected", row.rejected)):

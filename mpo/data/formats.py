@@ -28,6 +28,7 @@ from mpo.data.rows import (
 from mpo.runtime.errors import InputError
 
 OWN = "rows of this project"
+REWARDBENCH = "RewardBench pairs"
 OWN_FIELDS = {"id", "domain", "margin", "noise"}  # a row with one of them is this project's, not one of TRL's
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model", "bot"), "assistant")
@@ -106,6 +107,14 @@ def trl_text(where: str, item: Item) -> Row:
     return make_row(where, item, prompt_of(prompt), chosen, rejected)
 
 
+def rewardbench(where: str, item: Item) -> Row:
+    """{"prompt": "...", "chosen": "...", "rejected": "...", "chosen_model": "...", "subset": "...", "id": 7}
+
+    A prompt may have several rows, all with its id. So the id is not used, and rows are named by their place.
+    """
+    return trl_text(where, item | {"id": None})
+
+
 def trl_messages(where: str, item: Item) -> Row:
     """{"prompt": [message, ...], "chosen": [message], "rejected": [message]}"""
     return from_messages(where, item, messages_of(where, "prompt", item.get("prompt")))
@@ -181,6 +190,11 @@ def _has(item: Item, kind: type | tuple[type, ...], *names: str) -> bool:
 
 PAIR = ("chosen", "rejected")
 FORMATS: dict[str, Format] = {
+    REWARDBENCH: Format(
+        "prompt, chosen, rejected, chosen_model, subset: texts; no domain",
+        lambda item: _has(item, str, "prompt", *PAIR, "chosen_model", "subset") and "domain" not in item,
+        rewardbench,
+    ),
     OWN: Format(
         "id, prompt, chosen, rejected: texts",
         lambda item: _has(item, str, "prompt", *PAIR) and bool(OWN_FIELDS & item.keys()),

@@ -121,6 +121,11 @@ def name_field(where: str, item: Item, name: str) -> str:
     return whole_text(where, name, str(value))
 
 
+def domain_field(where: str, item: Item) -> str:
+    """The row's domain or, without one, its subset; "" if it has neither. Raises InputError as `name_field` does."""
+    return name_field(where, item, "domain") or name_field(where, item, "subset")
+
+
 def number_field(where: str, item: Item, name: str) -> float | None:
     """The number in field `name`, None if it is missing. Raises InputError for anything but a finite number."""
     value = item.get(name)
@@ -160,7 +165,7 @@ def parse_row(where: str, item: Item) -> Row:
         prompt=text_field(where, item, "prompt"),
         chosen=text_field(where, item, "chosen"),
         rejected=text_field(where, item, "rejected"),
-        domain=name_field(where, item, "domain"),
+        domain=domain_field(where, item),
         margin=margin_field(where, item),
         noise=noise_field(where, item),
         where=where,
@@ -178,7 +183,7 @@ def make_row(where: str, item: Item, prompt: str, chosen: str, rejected: str, do
     if margin is None and better is not None and worse is not None:
         margin = margin_field(where, {"margin": max(0.0, better - worse)})
     texts = prompt, " " + chosen.strip(), " " + rejected.strip()
-    domain = domain or name_field(where, item, "domain")
+    domain = domain or domain_field(where, item)
     return Row(name_field(where, item, "id"), *texts, domain, margin, noise_field(where, item))
 
 

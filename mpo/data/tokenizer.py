@@ -8,6 +8,7 @@ and their ids joined. So the boundary is the same in training, sampling and scor
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterable, Sequence
 from datetime import date
@@ -17,7 +18,7 @@ from typing import Literal
 import sentencepiece
 
 from mpo.data.chat_template import ChatTemplate, Choice, record_of, recorded_choice, template_source, uses_date
-from mpo.data.tokenizer_files import MODEL, RECORD, TokenizerFiles
+from mpo.data.tokenizer_files import CONFIG, MODEL, OF_SPECIALS, RECORD, TokenizerFiles
 from mpo.data.turns import Turns
 from mpo.data.vocabulary import Sentencepiece, Vocabulary, load_vocabulary
 from mpo.runtime.errors import InputError
@@ -47,11 +48,11 @@ class Tokenizer:
         ids = self.vocabulary.encode(prompt)
         return ids if ids and not self.vocabulary.begins else [self.bos, *ids]
 
-    def response_ids(self, response: str) -> list[int]:
-        """The ids of a complete response, then EOS."""
+    def response_ids(self, response: str, finished: bool = True) -> list[int]:
+        """The ids of a complete response, then EOS. Not finished: without EOS, and perhaps none at all."""
         if self.turns:
-            return self.turns.response_ids(response)
-        return [*self.vocabulary.encode(response), self.eos]
+            return self.turns.response_ids(response, finished)
+        return [*self.vocabulary.encode(response), *[self.eos] * finished]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of a response, up to EOS and without special tokens. A leading space is kept."""
@@ -69,17 +70,48 @@ class Tokenizer:
         if template_source(TokenizerFiles("the tokenizer", self.vocabulary.files)) is not None:
             self.vocabulary.files = self.vocabulary.files | {RECORD: record_of(Choice("none"))}
 
+    def same_as(self, other: Tokenizer) -> bool:
+        """Whether both turn every row into the same ids."""
+        return _same_ids(self.vocabulary, other.vocabulary) and _same_turns(self.turns, other.turns)
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files, chat templates included, into a folder."""
         for name, content in self.vocabulary.files.items():
             write_bytes(folder / name, content)
 
+    def save_padded(self, folder: Path) -> int | None:
+        """Write the files so that other programs pad with a token that ends no text; returns its id, None without one.
 
-def load_tokenizer(folder: str | Path, template: Literal["auto", "none"] = "auto") -> Tokenizer:
+        They look for the last token of a text by comparing ids with the pad token's. If that were EOS, they would miss
+        the end of every text.
+        """
+        files = TokenizerFiles("the tokenizer", dict(self.vocabulary.files))
+        named = files.special("pad", files.read_elsewhere)
+        text = self._padding(files, named)
+        for name in (CONFIG, OF_SPECIALS) if text is not None and text != named else ():
+            entries = files.read(name)
+            if name == CONFIG or "pad_token" in entries:
+                files.content[name] = json.dumps(entries | {"pad_token": text}, indent=2, ensure_ascii=False).encode()
+        for name, content in files.content.items():
+            write_bytes(folder / name, content)
+        return None if text is None else self.vocabulary.specials[text].id
+
+    def _padding(self, files: TokenizerFiles, named: str | None) -> str | None:
+        """The token to pad with: pad, or unknown, or a special token that the chat template does not write, or BOS."""
+        ids = {text: token.id for text, token in self.vocabulary.specials.items() if token.special}
+        usual = [text for text, id in ids.items() if id == self.pad]
+        template, bos = template_source(files) or "", [text for text, id in ids.items() if id == self.bos]
+        others = sorted(ids.keys() - bos, key=lambda text: ("pad" not in text, text in template, ids[text]))
+        return next(
+            (text for text in (named, *usual, *others, *bos) if ids.get(text or "", self.eos) != self.eos), None
+        )
+
+
+def load_tokenizer(folder: str | Path, template: Literal["auto", "none"] = "auto", to_end: bool = False) -> Tokenizer:
     """Load the tokenizer of a model or tokenizer folder, with its chat template, if it has one.
 
-    template: none does without; auto does so only if the run that wrote the folder did. Raises InputError as
-    `load_vocabulary` does, and for a template that cannot be used.
+    template: none does without; auto does so only if the run that wrote the folder did. to_end: see `Turns`. Raises
+    InputError as `load_vocabulary` does, and for a template that cannot be used.
     """
     vocabulary = load_vocabulary(Path(folder))
     files = TokenizerFiles(str(folder), vocabulary.files)
@@ -89,7 +121,7 @@ def load_tokenizer(folder: str | Path, template: Literal["auto", "none"] = "auto
     if uses_date(source) and not choice.date:
         choice = Choice(date=date.today().isoformat())
         vocabulary.files = vocabulary.files | {RECORD: record_of(choice)}  # so that every later stage sees this day
-    return Tokenizer(vocabulary, Turns(ChatTemplate(source, files, choice.date), vocabulary))
+    return Tokenizer(vocabulary, Turns(ChatTemplate(source, files, choice.date), vocabulary, to_end))
 
 
 def shared_tokenizer(folders: Sequence[tuple[str, str]]) -> Tokenizer:

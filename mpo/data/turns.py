@@ -26,8 +26,12 @@ SAME = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
 class Turns:
     """A chat template with the vocabulary that encodes its texts. `eos` is the token that ends the assistant's turn."""
 
-    def __init__(self, template: ChatTemplate, vocabulary: Vocabulary):
-        """Raises InputError for a template that cannot write a dialogue of a question and an answer."""
+    def __init__(self, template: ChatTemplate, vocabulary: Vocabulary, to_end: bool = False):
+        """Raises InputError for a template that cannot write a dialogue of a question and an answer.
+
+        to_end: a response has all that the template writes after it, such as a line break, and nothing else. Otherwise
+        it ends in EOS.
+        """
         self.template, self.vocabulary = template, vocabulary
         self.specials: dict[str, Special] = vocabulary.specials
         longest_first = sorted(self.specials, key=len, reverse=True)
@@ -36,7 +40,8 @@ class Turns:
             prompt, whole = template.pieces(SAMPLE[:1], True), template.pieces(SAMPLE, False)
         except Unusable as e:
             raise InputError(f"{template.where} cannot write a question and its answer ({e}); {MEND}") from None
-        self.response, found = self._response_form(_rest(prompt, whole, template.where))
+        rest = _rest(prompt, whole, template.where)
+        self.response, found = self._response_form(rest)
         self.added_eos = found is None  # the template writes no token there
         self.eos = vocabulary.eos if found is None else found
         at = next(i for i, piece in enumerate(self.response) if not piece.own)
@@ -45,14 +50,22 @@ class Turns:
         )
         self.after = self.after.removesuffix("" if self.added_eos else vocabulary.piece(self.eos))
         self.place: Place = self._encode(prompt, "start")[1]
+        if to_end:
+            self.response, self.added_eos = rest, False
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The ids of a row's prompt, up to where the assistant's turn begins. Raises Unusable as the template does."""
         return self._encode(self.template.pieces(messages_in(prompt), True), "start")[0]
 
-    def response_ids(self, response: str) -> list[int]:
-        """The ids of a complete response, which end in EOS. Space around it is removed, as in all messages."""
-        return self._encode(self._answer(response), self.place)[0] + [self.eos] * self.added_eos
+    def response_ids(self, response: str, finished: bool = True) -> list[int]:
+        """The ids of a complete response, which end in EOS. Space around it is removed, as in all messages.
+
+        Not finished: they end where the response's text does.
+        """
+        answer = self._answer(response)
+        if not finished:
+            answer = answer[: 1 + next(i for i, piece in enumerate(answer) if not piece.own)]
+        return self._encode(answer, self.place)[0] + [self.eos] * (self.added_eos and finished)
 
     def agrees(self, prompt: str, response: str) -> bool:
         """Whether the ids of prompt and response, encoded apart, begin those of the whole conversation.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,15 @@ from torch import Tensor
 from mpo.data.tokenizer import Tokenizer
 from mpo.data.tokenizer_files import FILES
 from mpo.model import lora
-from mpo.model.hf_config import config_from_json, config_to_json, read_generation_config, with_ids_of
+from mpo.model.hf_config import (
+    SCALE,
+    config_from_json,
+    config_to_json,
+    read_generation_config,
+    read_scale,
+    refuse_other_heads,
+    with_ids_of,
+)
 from mpo.model.llama import Adapters, Llama, LlamaConfig, ScalarModel, new_score_head, rotary_frequencies
 from mpo.runtime import device, distributed
 from mpo.runtime.errors import InputError
@@ -36,13 +45,14 @@ def save_model(
 
     The folder then holds all that another program needs: config.json and, if the model came with one,
     generation_config.json, both with the EOS that the tokenizer ends responses with; and the tokenizer's files with its
-    chat template. A language model opens in transformers as the family that it came from. A scalar model's head is
-    `score.weight`; its `score_mean` and `score_std` are this project's own. Adapters are merged into the weights; those
-    of a language model are also written to the subfolder `adapters`.
+    chat template. A language model opens in transformers as the family that it came from, and a scalar model as that
+    family's model for sequence classification (`_as_classifier`). Adapters are merged into the weights; those of a
+    language model are also written to the subfolder `adapters`.
     """
     causal = isinstance(model, Llama)
     distributed.reshard(model)
     tensors = {name: t.detach() for name, t in model.state_dict().items() if ".lora_" not in name}
+    scale = {} if isinstance(model, Llama) else _as_classifier(model, tensors)
     layers = {f"{name}.weight": layer for name, layer in lora.adapted(model).items()}
     if causal and model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -65,18 +75,33 @@ def save_model(
             tokenizer.save(folder / "adapters")
     config, generation = model.config, model.generation_config
     if tokenizer:
-        tokenizer.save(folder)
         config, generation = with_ids_of(config, generation, tokenizer.bos, tokenizer.eos)
+        if causal:
+            tokenizer.save(folder)
+        else:
+            config = replace(config, pad_token_id=tokenizer.save_padded(folder))
     if generation is not None:
         write_json(folder / GENERATION, generation)
     dtype = model.model.norm.weight.dtype
-    write_json(folder / "config.json", config_to_json(config, not causal, dtype))
+    write_json(folder / "config.json", config_to_json(config, not causal, dtype) | scale)
     if distributed.is_main():
         written = {_shard_name(i, len(shards)) for i in range(len(shards))} | ({INDEX} if len(shards) > 1 else set())
         written |= ({GENERATION} if generation else set()) | (tokenizer.vocabulary.files.keys() if tokenizer else set())
         _remove_others(folder, ("model*.safetensors", INDEX, GENERATION, *(FILES if tokenizer else ())), written)
         if not model.adapters:
             _remove_others(folder / "adapters", ("adapter_model.safetensors", "adapter_config.json", *FILES), set())
+
+
+def _as_classifier(model: ScalarModel, tensors: dict[str, Tensor]) -> dict[str, float]:
+    """Fold a scalar model's scale into the head among its `tensors`; returns what config.json records of the scale.
+
+    transformers' head has no bias, and no direction of the hidden states is constant. So the head can take up the
+    division by `score_std`, but not the subtraction of `score_mean`, which changes no preference: the score in other
+    programs is the one here plus mpo_score_mean.
+    """
+    mean, std = float(tensors.pop("score_mean")), float(tensors.pop("score_std"))
+    tensors["score.weight"] = tensors["score.weight"] / std
+    return dict(zip(SCALE, (mean / std, std), strict=True))
 
 
 def _remove_others(folder: Path, patterns: Sequence[str], written: Set[str]) -> None:
@@ -156,8 +181,8 @@ def _load(
         _check_tied(folder, tensors)
     for name, where in tensors.where.items():
         if name not in wanted:
-            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-                continue  # a tied head that was written, too, or a buffer of old checkpoints
+            if _is_left_out(name):
+                continue
             if name == "score.weight" and kind is Llama:
                 raise InputError(f"{folder}: is a reward model, which does not write text")
             raise InputError(f"{where}: unexpected tensor {name!r} for a {kind.__name__}")
@@ -183,6 +208,11 @@ def _load(
     return model if adapters else model.requires_grad_(True)
 
 
+def _is_left_out(name: str) -> bool:
+    """Whether a tensor may be in the files though the model has none: a tied head, or a buffer of old checkpoints."""
+    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+
+
 def _check_tied(folder: Path, tensors: Tensors) -> None:
     """Raise InputError for a head of its own in the files of a model that has none, by its config.json."""
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
@@ -203,9 +233,46 @@ def load_model(folder: str | Path, adapters: Adapters | None = None) -> Llama:
     return _load(Llama, Path(folder), adapters)
 
 
-def load_scalar(folder: str | Path) -> ScalarModel:
-    """Load a scalar model (reward model or critic) that `save_model` wrote."""
-    return _load(ScalarModel, Path(folder), None)
+def load_scalar(folder: str | Path, centred: bool = True) -> ScalarModel:
+    """Load a reward model: one that `save_model` wrote, or any other that transformers opens with a head of one number.
+
+    With `centred`, the mean that `save_model` recorded is subtracted from every score. Without, the scores are those of
+    transformers. For a model of other programs there is no such mean. Raises InputError as `load_model` does, and,
+    naming it, for another kind of head.
+    """
+    folder = Path(folder)
+    mean, std = read_scale(folder / "config.json") or (0.0, 1.0)
+    if "score_std" in _check_head(folder).where:  # as this project wrote reward models once: unscaled, with the scale
+        model = _load(ScalarModel, folder, None)
+    else:
+        scale = {"score_mean": torch.tensor(mean * std), "score_std": torch.tensor(std)}
+        model = _load(ScalarModel, folder, None, lambda config: scale)
+        with torch.no_grad():
+            model.score.weight *= std
+    if not centred:
+        model.score_mean.zero_()
+    return model
+
+
+def _check_head(folder: Path) -> Tensors:
+    """The tensors of a reward model. Raises InputError for a head other than one linear layer that gives one number."""
+    config_from_json(folder / "config.json")  # refuses a file that is not valid
+    tensors = Tensors(folder)
+    head = {name for name in tensors.where if not name.startswith("model.") and not _is_left_out(name)}
+    head -= {"score_mean", "score_std"}
+    if not head:
+        return tensors  # a language model, which _load refuses
+    if head != {"score.weight"}:
+        names = ", ".join(sorted(head)[:3])
+        raise InputError(
+            f"{folder}: has {names:.200} besides the layers; the head of a reward model must be one linear layer "
+            "without bias, score.weight"
+        )
+    numbers, *_ = tensors.shape("score.weight") or (0,)
+    if numbers != 1:
+        raise InputError(f"{folder}: its head gives {numbers} numbers (num_labels); that of a reward model gives 1")
+    refuse_other_heads(folder / "config.json")
+    return tensors
 
 
 def load_as_scalar(folder: str | Path, generator: torch.Generator, adapters: Adapters | None = None) -> ScalarModel:

@@ -28,6 +28,13 @@ class Family(NamedTuple):
     scaled_embeddings: bool = False  # embeddings are multiplied by sqrt(D)
     activation: str = "hidden_act"  # what config.json calls the MLP's activation
 
+    @property
+    def classifier(self) -> str:
+        """The architecture of a reward model: the class in transformers that puts a head of one number on the trunk."""
+        return self.architecture.replace("Gemma3For", "Gemma3TextFor").replace(
+            "ForCausalLM", "ForSequenceClassification"
+        )
+
 
 _QWEN = {
     "max_position_embeddings": 32768,

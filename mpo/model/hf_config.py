@@ -25,6 +25,10 @@ UNSUPPORTED = (
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MOST_LAYERS = 10_000  # a file is read before anything else is known of it, and makes lists of this length
 _FULL, _SLIDING = "full_attention", "sliding_attention"
+# What a reward model's config.json says besides. With "regression", pipelines of transformers leave the score as it is.
+ONE_NUMBER = {"id2label": {"0": "score"}, "label2id": {"score": 0}, "problem_type": "regression"}
+SCALE = ("mpo_score_mean", "mpo_score_std")  # this project's own entries; transformers keeps them in its config
+OLD_SCALAR = "MPOScalarModel"  # what reward models were called that had the scale among their tensors
 
 
 def config_from_json(path: Path) -> LlamaConfig:
@@ -239,8 +243,46 @@ def _scaling(path: Path, rope: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     return {name: rope[name] for name in needed[kind]}, rope.get("rope_theta")
 
 
+def read_scale(path: Path) -> tuple[float, float] | None:
+    """The scale of a reward model's scores, as its config.json records it; None if this project has not written it.
+
+    The result is the mean score of the responses that train_rm.py normalised on, and what it divided raw scores by.
+    Raises InputError for a file that is no JSON object, and for numbers that cannot be a scale.
+    """
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    if SCALE[1] not in raw:
+        return None
+    scale = []
+    for name, least in zip(SCALE, (-1e30, 1e-30), strict=True):
+        value = raw.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least < value < 1e30:
+            wanted = "a number above 0" if least > 0 else "a finite number"
+            raise InputError(f"{path}: {name} must be {wanted}, found {value!r:.80}")
+        scale.append(float(value))
+    return scale[0], scale[1]
+
+
+def written_here(path: Path) -> bool:
+    """Whether this config.json is that of a reward model of this project. Raises InputError as `read_scale` does."""
+    return read_scale(path) is not None or read_json(path).get("architectures") == [OLD_SCALAR]
+
+
+def refuse_other_heads(path: Path) -> None:
+    """Raise InputError, naming it, for the architecture of a reward model that is computed in another way."""
+    raw = read_json(path)
+    known = FAMILIES[raw["model_type"]].classifier
+    given = raw.get("architectures") or [known]
+    if other := [name for name in (given if isinstance(given, list) else [given]) if name not in (known, OLD_SCALAR)]:
+        raise InputError(f"{path}: architectures {other[0]!r:.80} is not supported for a reward model; {known} is")
+
+
 def config_to_json(config: LlamaConfig, scalar: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The config.json of a model: both the older and the newer names of the rotary settings."""
+    """The config.json of a model: both the older and the newer names of the rotary settings.
+
+    That of a reward model (`scalar`) says in transformers' words that its head gives one number.
+    """
     family = config.family
     plain = {k: v for k, v in config.__dict__.items() if k not in OPTIONS and k not in ("hidden_act", "rope_scaling")}
     options = {name: getattr(config, name) for name in family.options}
@@ -251,7 +293,8 @@ def config_to_json(config: LlamaConfig, scalar: bool = False, dtype: torch.dtype
     if "sliding_window_pattern" in family.defaults:  # the same
         options["sliding_window_pattern"] = [*config.layer_types, _FULL].index(_FULL) + 1
     return {
-        "architectures": ["MPOScalarModel" if scalar else family.architecture],
+        "architectures": [family.classifier if scalar else family.architecture],
+        **(ONE_NUMBER if scalar else {}),
         "torch_dtype": str(dtype).removeprefix("torch."),
         family.activation: config.hidden_act,
         **plain,

@@ -3,23 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mpo.data.batches import Batch, Pair, make_batch, pair_batch
+from mpo.data.tokenizer import Tokenizer, check_rows, load_tokenizer
+from mpo.model.hf_config import written_here
 from mpo.model.llama import ScalarModel, ValueHead
 from mpo.runtime import distributed
 from mpo.runtime.output import progress
 
 T = TypeVar("T")
+Scorer = Callable[[ScalarModel, Batch], Tensor]
+"""(reward model, B sequences) -> (B,): `score`, or a function that hands it other ids of the same texts."""
+
+
+def rm_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer of a reward model, which writes texts in the form that the model was trained on.
+
+    One that train_rm.py wrote has seen responses up to EOS. For any other, a dialogue is all that its chat template
+    writes, as apply_chat_template of transformers gives it; without a template, a text and EOS. Raises InputError as
+    `load_tokenizer` and `check_rows` do.
+    """
+    tokenizer = load_tokenizer(folder, to_end=not written_here(Path(folder) / "config.json"))
+    check_rows(tokenizer, "--rm", folder)
+    return tokenizer
 
 
 def score(rm: ScalarModel, batch: Batch) -> Tensor:
     """(B,): the reward of each sequence, read at its last token, which is EOS if the response is complete."""
     values: Tensor = rm(batch.ids, batch.packing, wanted=batch.last)
     return values
+
+
+def scorer_between(writes: Tokenizer, reads: Tokenizer, pairs: Sequence[Pair], judged: Sequence[Pair]) -> Scorer:
+    """A function that scores what the policy has written in its ids, in those of the reward model.
+
+    If both tokenizers turn texts into the same ids, it is `score`. Otherwise a response is decoded and encoded again.
+    It is complete for the reward model if it ended in the policy's EOS; if not, it ends with its text, without EOS.
+    What goes beyond the positions of the reward model is cut off.
+
+    Args:
+        writes, reads: the tokenizers of policy and reward model.
+        pairs, judged: the same rows, encoded by each; every sequence to be scored begins with one of their prompts.
+    """
+    if writes.same_as(reads):
+        return score
+    prompts = {tuple(pair.prompt): same.prompt for pair, same in zip(pairs, judged, strict=True)}
+
+    def rewritten(rm: ScalarModel, batch: Batch) -> Tensor:
+        sequences = []
+        for prompt, response in batch.sequences:
+            ids = reads.response_ids(writes.decode(response), finished=response[-1] == writes.eos) or [reads.eos]
+            room = rm.config.max_position_embeddings - len(prompts[tuple(prompt)])
+            sequences.append((prompts[tuple(prompt)], ids[: max(1, room)]))
+        return score(rm, make_batch(sequences))
+
+    return rewritten
 
 
 def score_pairs(rm: ScalarModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:

@@ -50,21 +50,22 @@ class Learner:
         return parts | ({"critic": Part(self.critic.model, self.critic.optimiser)} if self.critic else {})
 
 
-def load_critic(config: PPOConfig, policy: Llama) -> Critic | None:
+def load_critic(config: PPOConfig, policy: Llama, same_ids: bool) -> Critic | None:
     """The critic that the flags ask for.
 
-    By default a model that starts as the reward model; with LoRA adapters and a head on the policy's base; with
-    --shared_critic only a head on the policy's trunk.
+    By default a model that starts as the reward model or, if that reads other ids than the policy writes, as the policy
+    with a head of zeros; with LoRA adapters and a head on the policy's base; with --shared_critic only a head on the
+    policy's trunk.
     """
     if config.advantage != "gae":
         return None
     if config.shared_critic:
         model: ScalarModel | ValueHead = ValueHead(policy.config.hidden_size).to(device.current())
-    elif (adapters := adapters_of(config, config.model)) and config.shard:  # two models cannot share sharded weights
+    elif (adapters := adapters_of(config, config.model)) and not config.shard:
+        model = critic_on(policy, adapters)
+    elif adapters or not same_ids:  # with --shard: two models cannot share sharded weights
         model = load_as_scalar(config.model, generator(config.seed, "critic"), adapters)
         nn.init.zeros_(model.score.weight)
-    elif adapters:
-        model = critic_on(policy, adapters)
     else:
         model = load_scalar(config.rm)
     distributed.wrap(model)
@@ -72,14 +73,17 @@ def load_critic(config: PPOConfig, policy: Llama) -> Critic | None:
     return Critic(model, make_optimiser(model, config.critic_lr, 0.0, ADAM_EPS, config.optimiser), weight)
 
 
-def load_learner(config: PPOConfig) -> Learner:
-    """Load policy, reference and critic, with their optimisers. With LoRA they share the weights of the base."""
+def load_learner(config: PPOConfig, same_ids: bool = True) -> Learner:
+    """Load policy, reference and critic, with their optimisers. With LoRA they share the weights of the base.
+
+    same_ids: the reward model reads the ids that the policy writes, so that the critic can begin as the reward model.
+    """
     policy = load_model(config.model, adapters_of(config, config.model))
     same = policy.adapters and Path(config.ref).resolve() == Path(config.model).resolve()
     ref = BaseModel(policy) if same else load_model(config.ref).requires_grad_(False)
     distributed.wrap(policy)
     optimiser = make_optimiser(policy, config.lr, 0.0, ADAM_EPS, config.optimiser)
-    learner = Learner(policy, optimiser, ref, load_critic(config, policy))
+    learner = Learner(policy, optimiser, ref, load_critic(config, policy, same_ids))
     for model in [*learner.models, ref]:
         configure_layers(model, config.recompute, config.compile)
     return learner

@@ -15,7 +15,7 @@ from mpo.model.generate import Sampling, generate
 from mpo.model.llama import Llama, ScalarModel, ValueHead
 from mpo.model.logprobs import compare, response_hidden
 from mpo.model.lora import BaseModel
-from mpo.model.scoring import score, state_values
+from mpo.model.scoring import Scorer, score, state_values
 from mpo.runtime import device, distributed
 from mpo.runtime.errors import InputError
 from mpo.runtime.flags import exact_div
@@ -66,8 +66,11 @@ def roll_out(
     sampling: Sampling,
     generator: torch.Generator,
     microbatch: int,
+    scorer: Scorer = score,
 ) -> Rollout:
     """Sample a response to each prompt and measure it with every model, `microbatch` rows at a time.
+
+    `scorer` is how the reward model scores (scoring.py).
 
     Raises:
         InputError: the log-probs of sampling and of scoring differ by more than rounding. They would then be two
@@ -92,7 +95,7 @@ def roll_out(
         of_part = tokens.logp, tokens.ref_logp, tokens.kl, tokens.entropy, values
         for column, values_of_part in zip(columns.values(), of_part, strict=True):
             column[at, : values_of_part.shape[1]] = values_of_part
-        scores[at] = score(rm, part)
+        scores[at] = scorer(rm, part)
     for frozen in (ref, rm):
         distributed.reshard(frozen)
     scores = distributed.all_gather(scores, B)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from mpo.config import DPOConfig, EvalConfig, PPOConfig, RMConfig, SFTConfig, SplitConfig, Training
+from mpo.config import DPOConfig, EvalConfig, PPOConfig, RMConfig, ScoreConfig, SFTConfig, SplitConfig, Training
 from mpo.data.vocabulary import load_vocabulary
 from mpo.kernels.autograd import HEAD_COLUMNS
 from mpo.model import lora
@@ -220,7 +220,7 @@ def _ppo(config: PPOConfig, c: LlamaConfig, processes: int) -> Load:
     )
 
 
-def _split(config: SplitConfig, c: LlamaConfig, processes: int) -> Load:
+def _split(config: SplitConfig | ScoreConfig, c: LlamaConfig, processes: int) -> Load:
     rows, scalars = -(-config.microbatch // processes), len(config.rm.split(","))
     tokens = rows * (config.max_prompt + 2 * config.max_response)
     return Load(0, scalars * parameters(c, scalar=True), tokens, 0, heads=scalars)
@@ -239,6 +239,7 @@ LOADS: dict[type, Callable[[Any, LlamaConfig, int], Load]] = {
     DPOConfig: _dpo,
     PPOConfig: _ppo,
     SplitConfig: _split,
+    ScoreConfig: _split,
     EvalConfig: _eval,
 }
 """A stage's config class -> (config, shape of the model, processes) -> its load. A new stage is a line here."""
@@ -404,7 +405,7 @@ def total(plan: Sequence[Line]) -> float:
 
 
 def lines(
-    config: Training | SplitConfig | EvalConfig,
+    config: Training | SplitConfig | ScoreConfig | EvalConfig,
     c: LlamaConfig,
     processes: int = 1,
     base: float = 0.0,
@@ -493,20 +494,20 @@ def capacity_of_device() -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / distributed.local_world_size()
 
 
-def longest_rows(config: Training | SplitConfig | EvalConfig) -> str:
+def longest_rows(config: Training | SplitConfig | ScoreConfig | EvalConfig) -> str:
     """The rows of the worst case, in words: the longest prompt plus the longest response or, of a pair, two of them."""
-    of_pair = "2 x " if isinstance(config, (RMConfig, DPOConfig, SplitConfig)) else ""
+    of_pair = "2 x " if isinstance(config, (RMConfig, DPOConfig, SplitConfig, ScoreConfig)) else ""
     return f"rows of {config.max_prompt} + {of_pair}{getattr(config, 'max_new', config.max_response)} tokens"
 
 
-def show(config: SFTConfig | RMConfig | DPOConfig | PPOConfig | SplitConfig | EvalConfig) -> None:
+def show(config: SFTConfig | RMConfig | DPOConfig | PPOConfig | SplitConfig | ScoreConfig | EvalConfig) -> None:
     """Print the plan of a stage, and a warning if the machine has less memory than that."""
     device.start(config.device)
     distributed.start(config.shard)
     on_cpu = device.current().type == "cpu"
     processes, here = distributed.world_size(), distributed.local_world_size() if on_cpu else 1  # each has its own GPU
     c = model_of(config)
-    if not isinstance(config, EvalConfig):
+    if not isinstance(config, (ScoreConfig, EvalConfig)):
         config = with_microbatch(config, c)
     base, capacity = program() if on_cpu else 0.0, capacity_of_device()
     plan = lines(config, c, processes, base, on_cpu, capacity)

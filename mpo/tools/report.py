@@ -17,6 +17,7 @@ from mpo.evaluation import stratified
 from mpo.runtime.entry import one_argument, run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_text
+from mpo.runtime.manifest import MANIFEST, is_stage, read_manifest
 from mpo.runtime.output import interval, percent, table
 
 NAMES = {"sft": "SFT", "dpo": "DPO", "mpo": "MPO", "ppo": "PPO", "chosen": "data set's chosen"}
@@ -134,6 +135,18 @@ def split_text(gamma: float, sizes: Mapping[str, int], share_gap_in_0_1: float) 
     )
 
 
+def about_rm(folder: Path) -> str:
+    """One sentence on a reward model: what train_rm.py measured, if it comes from there."""
+    results = read_manifest(folder / MANIFEST)["results"] if is_stage(folder) and (folder / MANIFEST).exists() else {}
+    if "held_out" not in results:
+        return f"Reward model: {folder}, which was not trained here."
+    held_out = results["held_out"]
+    return (
+        f"Reward model: held-out label accuracy {percent(held_out['accuracy'])} %, log-loss "
+        f"{held_out['log_loss']:.3f}, calibration error {held_out['calibration_error']:.3f}."
+    )
+
+
 def make_report(
     config: EvalConfig,
     results: Mapping[str, Mapping[str, Any]],
@@ -141,14 +154,12 @@ def make_report(
     counts: Mapping[str, int],
 ) -> Report:
     """Make the report of a run from its results, its responses, and the manifests of its stages."""
-    data, rm = (read_json(Path(folder) / "manifest.json")["results"] for folder in (config.data, config.rm))
+    data = read_json(Path(config.data) / "manifest.json")["results"]
     source = "the built-in world" if data["source"] == "builtin" else data["source"]
-    held_out = rm["held_out"]
     facts = [
         f"Task {data['task']}, data: {source}; {counts['kept']} held-out prompts, one response each at "
         f"temperature {config.temperature:g}, seed {config.seed}; 95 % bootstrap intervals over prompts.",
-        f"Reward model: held-out label accuracy {percent(held_out['accuracy'])} %, log-loss "
-        f"{held_out['log_loss']:.3f}, calibration error {held_out['calibration_error']:.3f}.",
+        about_rm(Path(config.rm)),
     ]
     sections = [("Results", result_table(results)), ("By kind of prompt", kinds_table(results))]
     if config.split:

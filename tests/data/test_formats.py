@@ -25,6 +25,7 @@ THEIRS = {"from": "human", "value": "Name a colour."}
 GPT = {"from": "gpt", "value": "Blue."}, {"from": "gpt", "value": "Dog."}
 SYSTEM = {"role": "system", "content": "Be kind."}
 PAIR = {"chosen": " Blue.", "rejected": " Dog."}
+MODELS = {"chosen_model": "a", "rejected_model": "b", "id": 7, "rejected": "Dog."}
 POST = {"post": "I fell.", "title": "Help", "subreddit": "advice"}
 
 EXAMPLES = [  # (format, object, the row's prompt)
@@ -32,6 +33,7 @@ EXAMPLES = [  # (format, object, the row's prompt)
     ("rows of this project", {"domain": None, "prompt": "As it is ", **PAIR}, "As it is "),
     ("TRL pairs", {"prompt": "Name a colour.", "chosen": "Blue.", "rejected": "Dog."}, ASK),
     ("TRL pairs", {"prompt": ASK, **PAIR}, ASK),
+    ("RewardBench pairs", {"prompt": "Name a colour.", "subset": "hep-go", **MODELS, "chosen": "Blue."}, ASK),
     ("TRL pairs", {"prompt": "Long text.\n\nTL;DR:", **PAIR}, "Long text.\n\nTL;DR:"),
     ("TRL message pairs", {"prompt": [USER], "chosen": [BLUE], "rejected": [DOG]}, ASK),
     ("TRL message pairs", {"prompt": [SYSTEM, USER], "chosen": [BLUE], "rejected": [DOG]}, "Be kind." + ASK),

@@ -7,6 +7,7 @@ norm of 1, as transformers initialises them, would hide whether it is computed.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from mpo.model.hf_config import config_from_json
 from mpo.model.llama import Adapters, cast_weights, configure_layers
 from mpo.model.logprobs import response_logprobs
 from mpo.model.lora import TARGETS, adapted
+from mpo.model.scoring import score
 from mpo.runtime.errors import InputError
 from mpo.runtime.seeding import generator
 
@@ -271,6 +273,74 @@ def test_a_reward_model_from_it_scores_by_its_hidden_states_and_loads_again(both
     again = load_scalar(tmp_path)
     assert again.config == rm.config
     assert torch.equal(again(IDS.flatten(), Packing([40, 40])), values)
+
+
+TEXTS = [([5, 9], [7, 8, 60]), (IDS[0, :17].tolist(), [3, 60]), ([11], [60]), (IDS[1, :30].tolist(), [9, 9, 9, 4])]
+PAD = 2  # in none of these texts
+
+
+def padded(left):
+    """The texts as a batch of transformers, padded on one side, with its mask."""
+    rows = [prompt + response for prompt, response in TEXTS]
+    longest = max(map(len, rows))
+    pads = [[PAD] * (longest - len(row)) for row in rows]
+    ids = torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, pads, strict=True)])
+    lengths = torch.tensor([[len(row)] for row in rows])
+    at = torch.arange(longest)
+    return ids, ((at >= longest - lengths) if left else (at < lengths)).long()
+
+
+def in_transformers(folder):
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def test_a_reward_model_scores_the_same_in_transformers_in_batches_padded_on_either_side(both, tmp_path):
+    """Also a text without EOS. The scale is in the head; the mean, which no head can hold, is recorded."""
+    variant, _, folder = both
+    rm = load_as_scalar(folder, generator(0, "head"))
+    rm.config = replace(rm.config, pad_token_id=PAD)
+    rm.score_mean += 2.5
+    rm.score_std *= 4.0
+    save_model(tmp_path, rm)
+    theirs = in_transformers(tmp_path)
+    name = VARIANTS[variant][0].replace("Gemma3", "Gemma3Text")
+    assert type(theirs).__name__ == f"{name}ForSequenceClassification"
+    assert (theirs.config.num_labels, theirs.config.pad_token_id, tuple(theirs.score.weight.shape)) == (1, PAD, (1, 24))
+    raw = json.loads((tmp_path / "config.json").read_text())
+    assert raw["architectures"] == [type(theirs).__name__]
+    batch = make_batch(TEXTS)
+    ours, centred = (score(load_scalar(tmp_path, centred=c), batch) for c in (False, True))
+    assert ours.std() > 0.05  # 500 times the tolerance
+    for left in (False, True):
+        ids, mask = padded(left)
+        scores = theirs(input_ids=ids, attention_mask=mask).logits[:, 0]
+        torch.testing.assert_close(scores, ours, rtol=0, atol=1e-4)
+        torch.testing.assert_close(scores - theirs.config.mpo_score_mean, centred, rtol=0, atol=1e-4)
+    torch.testing.assert_close(centred, score(rm, batch), rtol=0, atol=1e-4)
+    assert theirs.config.mpo_score_mean == pytest.approx(2.5 / 4)
+
+
+@torch.no_grad()
+def test_a_reward_model_of_transformers_scores_the_same_here(both, tmp_path):
+    """As a Trainer saves it: num_labels 1, no scale."""
+    _, _, folder = both
+    theirs = in_transformers(folder)  # with two labels, and a new head
+    raw = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"pad_token_id": PAD}))
+    config = transformers.AutoConfig.from_pretrained(tmp_path, num_labels=1)
+    one = type(theirs)(config).eval()
+    one.model.load_state_dict(theirs.model.state_dict())
+    one.save_pretrained(tmp_path / "rm")
+    ids, mask = padded(True)
+    expected = one(input_ids=ids, attention_mask=mask).logits[:, 0]
+    for centred in (False, True):
+        ours = score(load_scalar(tmp_path / "rm", centred=centred), make_batch(TEXTS))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    theirs.config.pad_token_id = PAD
+    theirs.save_pretrained(tmp_path / "two")
+    with pytest.raises(InputError, match=r"its head gives 2 numbers \(num_labels\); that of a reward model gives 1"):
+        load_scalar(tmp_path / "two")
 
 
 @torch.no_grad()

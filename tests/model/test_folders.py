@@ -6,11 +6,13 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from mpo.config import DPOConfig
 from mpo.data.rows import write_rows
 from mpo.data.tokenizer import load_tokenizer, train_tokenizer
-from mpo.model.checkpoint import load_model, save_model
+from mpo.kernels.functions import Packing
+from mpo.model.checkpoint import load_model, load_scalar, save_model
 from mpo.model.llama import Adapters, scalar_from
 from mpo.model.lora import adapters_of
 from mpo.runtime.files import write_json
@@ -60,16 +62,19 @@ PPO_BARE = "train_ppo.py --iterations 2 --critic_warmup 1 --batch 4 --minibatch 
 PPO = f"{PPO_BARE} --prompts @/data/train.jsonl"
 TRAINING = "--epochs 0.5 --batch 4 --microbatch 4"
 EVAL = "eval.py --data @/data --prompts 4 --max_new 40"
-# Every place where a stage takes a model; % is the kind of this model.
+# Every place where a stage takes a model that exchanges ids with another; % is the kind of this model.
 MEETINGS = [
     f"train_sft.py {TRAINING} --data @/data --tokenizer @/lm --model @/lm%",
     f"train_dpo.py {TRAINING} --data @/data/train.jsonl --model @/lm --ref @/lm%",
     f"train_dpo.py {TRAINING} --data @/data/train.jsonl --model @/lm% --ref @/lm",
     f"{PPO} --model @/lm --ref @/lm% --rm @/rm",
-    f"{PPO} --model @/lm --ref @/lm --rm @/rm%",
     f"{PPO} --model @/lm% --ref @/lm --rm @/rm",
-    "split_data.py --data @/data --rm @/rm,@/rm%",
     f"{EVAL} --policies a=@/lm,b=@/lm% --rm @/rm",
+]
+# Every place where a reward model reads what another model, or its tokenizer, has written
+JUDGED = [
+    f"{PPO} --model @/lm --ref @/lm --rm @/rm%",
+    "split_data.py --data @/data --rm @/rm,@/rm%",
     f"{EVAL} --policies a=@/lm --rm @/rm%",
 ]
 ALONE = [
@@ -93,13 +98,51 @@ def test_a_model_with_another_tokenizer_is_refused_wherever_two_meet(place, tmp_
         assert str(place) in half
 
 
-@pytest.mark.parametrize("line", MEETINGS)
+@pytest.mark.parametrize("line", JUDGED)
+def test_a_reward_model_with_another_tokenizer_reads_texts(place, tmp_path, line):
+    out = run_stage(line, place, "-other", tmp_path / "out").stdout
+    assert (tmp_path / "out" / "manifest.json").exists()
+    assert ("has a tokenizer or chat template of its own, and gets responses as text" in out) == ("ppo" in line)
+
+
+def score_by_hand(folder, prompt, response, end):
+    """The centred score of one text by a reward model with its own tokenizer, in plain ids."""
+    tokenizer, rm = load_tokenizer(folder), load_scalar(folder)
+    ids = [tokenizer.bos, *tokenizer.vocabulary.encode(prompt), *tokenizer.vocabulary.encode(response)]
+    ids += [tokenizer.eos] * end
+    return rm(torch.tensor(ids), Packing([len(ids)]))[-1].item()
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_scores_of_a_reward_model_with_another_tokenizer_are_those_of_the_texts(place, tmp_path):
+    run_stage(JUDGED[2], place, "-other", tmp_path / "eval")
+    answers = lines_of(tmp_path / "eval" / "responses-a.jsonl")
+    assert len(answers) == 4
+    for row in answers:
+        expected = score_by_hand(place / "rm-other", row["prompt"], row["response"], row["finished"])
+        assert row["reward"] == pytest.approx(expected, abs=1e-4)
+    for row in lines_of(tmp_path / "eval" / "responses-chosen.jsonl"):
+        expected = score_by_hand(place / "rm-other", row["prompt"], row["response"], True)
+        assert row["reward"] == pytest.approx(expected, abs=1e-4)
+    run_stage(JUDGED[1], place, "-other", tmp_path / "split")
+    rows = {row["id"]: row for row in lines_of(place / "data" / "train.jsonl")}
+    for scores in lines_of(tmp_path / "split" / "scores.jsonl"):
+        row = rows[scores["id"]]
+        for response in ("chosen", "rejected"):
+            both = [score_by_hand(place / rm, row["prompt"], row[response], True) for rm in ("rm", "rm-other")]
+            assert scores[response] == pytest.approx(sum(both) / 2, abs=1e-4)
+
+
+@pytest.mark.parametrize("line", MEETINGS + JUDGED)
 def test_a_model_of_another_size_is_welcome(place, tmp_path, line):
     run_stage(line, place, "-large", tmp_path / "out")
     assert (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("line", MEETINGS + ALONE)
+@pytest.mark.parametrize("line", MEETINGS + JUDGED + ALONE)
 def test_rows_longer_than_a_model_takes_are_refused_with_the_numbers(place, tmp_path, line):
     message = run_stage(line, place, "-short", tmp_path / "out", expect=2).stderr.splitlines()[-1]
     why = "max_position_embeddings in config.json"
@@ -174,6 +217,11 @@ def test_every_folder_that_a_stage_writes_a_model_to_has_all_companions(place, t
     for name in folders:
         written = companions(tmp_path / name)
         generation = json.loads(written["generation_config.json"]) if "adapters" not in name else None
+        if name == "rm" and layout is llama_3:  # whose tokenizer names no pad token
+            tokenizer = json.loads(written["tokenizer_config.json"])
+            assert tokenizer.pop("pad_token") == "<|end_of_text|>"
+            assert tokenizer == json.loads(expected["tokenizer_config.json"])
+            written |= {"tokenizer_config.json": expected["tokenizer_config.json"]}
         assert written | {"generation_config.json": None} == expected, name
         if generation:
             config = json.loads((tmp_path / name / "config.json").read_text())
