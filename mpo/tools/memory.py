@@ -30,7 +30,7 @@ from mpo.training.optimisers import STACK, make_optimiser, optimiser_step
 
 FLOAT = 4  # bytes of an fp32 number
 Model = TypeVar("Model", Llama, ScalarModel)
-Flags = TypeVar("Flags", bound=SFTConfig | RMConfig | DPOConfig | PPOConfig | SplitConfig)
+Flags = TypeVar("Flags", bound=Training | SplitConfig | ScoreConfig | EvalConfig)
 _models: dict[str, Any] = {}
 
 SHARE = 0.9  # of the memory that the plan leaves for sampling: so much is used, since no plan is exact
@@ -161,6 +161,7 @@ def plain_layer(c: LlamaConfig, use: Load, held: int, adapted: int = 0) -> float
 
 def _rows(config: Training, batch: int, processes: int) -> int:
     """Rows of a microbatch in one process."""
+    assert config.microbatch, "0 stands for what fits: with_microbatch"
     return min(config.microbatch, -(-batch // processes))
 
 
@@ -312,7 +313,7 @@ AT_MOST = {PPOConfig: 16, SplitConfig: 64}  # rows of a microbatch that is chose
 OF_CPU = 0.5  # of a machine's memory is planned for; other programs need some, too
 
 
-def step_rows(config: Training | SplitConfig) -> int:
+def step_rows(config: Any) -> int:
     """Rows of an optimiser step, of which a microbatch is a part; of the split, the pairs scored at once at most."""
     if isinstance(config, PPOConfig):
         return config.minibatch
@@ -340,10 +341,11 @@ def with_microbatch(config: Flags, c: LlamaConfig) -> Flags:
     Like `way_to_sample`, it depends on flags, processes and devices, not on what is free, so that a stage that is run
     again computes the same. All processes get the same answer.
     """
-    if config.microbatch:
+    if getattr(config, "microbatch", 1):  # not all stages have microbatches
         return config
     cpu, capacity = device.current().type == "cpu", -distributed.all_max([-capacity_of_device()])[0]
-    return replace(config, microbatch=microbatch_within(config, c, distributed.world_size(), cpu, capacity))
+    chosen: dict[str, Any] = {"microbatch": microbatch_within(config, c, distributed.world_size(), cpu, capacity)}
+    return replace(config, **chosen)
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -500,20 +502,19 @@ def longest_rows(config: Training | SplitConfig | ScoreConfig | EvalConfig) -> s
     return f"rows of {config.max_prompt} + {of_pair}{getattr(config, 'max_new', config.max_response)} tokens"
 
 
-def show(config: SFTConfig | RMConfig | DPOConfig | PPOConfig | SplitConfig | ScoreConfig | EvalConfig) -> None:
+def show(config: Training | SplitConfig | ScoreConfig | EvalConfig) -> None:
     """Print the plan of a stage, and a warning if the machine has less memory than that."""
     device.start(config.device)
     distributed.start(config.shard)
     on_cpu = device.current().type == "cpu"
     processes, here = distributed.world_size(), distributed.local_world_size() if on_cpu else 1  # each has its own GPU
     c = model_of(config)
-    if not isinstance(config, (ScoreConfig, EvalConfig)):
-        config = with_microbatch(config, c)
+    config = with_microbatch(config, c)
     base, capacity = program() if on_cpu else 0.0, capacity_of_device()
     plan = lines(config, c, processes, base, on_cpu, capacity)
     each = "one process" if processes == 1 else f"{processes} processes, each"
     size = f"a model of {parameters(c) / 1e6:,.1f} M parameters, {each}"
-    rows = "" if isinstance(config, EvalConfig) else f"{config.microbatch} at once, "
+    rows = f"{config.microbatch} at once, " if hasattr(config, "microbatch") else ""
     print(f"plan of {Path(config.out).name}, at worst ({rows}{longest_rows(config)}): {size}:")
     needed = total(plan)
     width = max(len(line.what) for line in plan)

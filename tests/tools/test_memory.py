@@ -148,10 +148,10 @@ def total(config, c, processes=1):
 
 def test_flags_that_save_memory_lower_the_total_of_the_plan():
     c = small_config(num_hidden_layers=20, vocab_size=5000)
-    flags = {"out": "", "data": "", "model": ""}
+    flags = {"out": "", "data": "", "model": "", "microbatch": 32}
     whole = total(DPOConfig(**flags), c)
     assert total(DPOConfig(**flags, recompute=True), c) < whole
-    assert total(DPOConfig(**flags, microbatch=8), c) < whole
+    assert total(DPOConfig(**flags | {"microbatch": 8}), c) < whole
     wide = small_config(num_hidden_layers=20, hidden_size=96, intermediate_size=256, head_dim=24)
     totals = {
         (precision, optimiser): total(DPOConfig(**flags, precision=precision, optimiser=optimiser), wide)
@@ -165,14 +165,14 @@ def test_flags_that_save_memory_lower_the_total_of_the_plan():
     assert total(DPOConfig(**flags, lora_rank=2), c) < whole
     assert total(DPOConfig(**flags), c, 2) < whole  # each process has a smaller share of the batch
     assert total(DPOConfig(**flags, shard=True), c, 4) < total(DPOConfig(**flags), c, 4)
-    models = {"out": "", "prompts": "", "model": "", "ref": "", "rm": ""}
+    models = {"out": "", "prompts": "", "model": "", "ref": "", "rm": "", "microbatch": 16}
     assert total(PPOConfig(**models, shared_critic=True), c) < total(PPOConfig(**models), c)
-    assert total(SFTConfig(out="", data="", tokenizer=""), c) < whole
+    assert total(SFTConfig(out="", data="", tokenizer="", microbatch=32), c) < whole
 
 
 def sampling_of(c, batch, parts=4, **more):
     """A PPO stage's flags and load, with the bytes of a row's cache on a GPU and of the policy, in bf16."""
-    flags = {"out": "", "prompts": "", "model": "", "ref": "", "rm": "", "max_prompt": 20, "max_new": 12, **more}
+    flags = {"out": "", "prompts": "", "model": "", "ref": "", "rm": "", "max_prompt": 20, "max_new": 12, "microbatch": 16, **more}
     config = PPOConfig(**flags, batch=batch, shard=True, precision="bf16")
     store = Llama(c).bfloat16().kv_cache(1, 32, whole=False).store
     repeated = store[0].nbytes * c.num_attention_heads // c.num_key_value_heads  # of one layer, for all its queries
