@@ -11,6 +11,7 @@ Row = dict[str, Any]
 Entries = Mapping[str, Row]
 
 NAMES = {
+    "sft": "SFT step",
     "dpo-best": "DPO step, reference cached",
     "dpo": "DPO step, reference computed in the step",
     "reward": "reward-model step",

@@ -169,7 +169,13 @@ def peer_python(environment: str, module: str) -> str:
     return sys.executable if environment == "now" and importlib.util.find_spec(module) else ""
 
 
-PEERS = {"dpo": ("now", "trl"), "reward": ("now", "trl"), "generate": ("now", "transformers"), "ppo": ("ppo", "trl")}
+PEERS = {
+    "sft": ("now", "trl"),
+    "dpo": ("now", "trl"),
+    "reward": ("now", "trl"),
+    "generate": ("now", "transformers"),
+    "ppo": ("ppo", "trl"),
+}
 """A case of peers.py -> its environment in .peers/, and the module that it needs."""
 
 
@@ -188,7 +194,7 @@ def peers(repeats: int) -> Cases:
 
 
 TASKS: dict[str, Callable[[int], Cases]] = {
-    "speed": lambda repeats: steps(("dpo-best", "dpo", "reward", "generate", "ppo"), repeats),
+    "speed": lambda repeats: steps(("sft", "dpo-best", "dpo", "reward", "generate", "ppo"), repeats),
     "ordinary bytes": lambda repeats: same_bytes(False),
     "deterministic": lambda repeats: steps(("dpo-best", "reward", "generate", "ppo"), repeats, True),
     "deterministic bytes": lambda repeats: same_bytes(True),
