@@ -273,12 +273,12 @@ def source() -> str:
 
 
 def driver() -> str:
-    """The version of NVIDIA's driver, as far as it can be found."""
+    """The version of NVIDIA's driver; "" where it cannot be found."""
     if not shutil.which("nvidia-smi"):
-        return "?"
+        return ""
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     said = subprocess.run(asked, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    return said.stdout.strip().splitlines()[0] if said.returncode == 0 and said.stdout.strip() else "?"
+    return said.stdout.strip().splitlines()[0] if said.returncode == 0 and said.stdout.strip() else ""
 
 
 def probe(place: Place, left: float) -> Row:

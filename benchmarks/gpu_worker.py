@@ -153,6 +153,7 @@ def plan() -> Cases:
                     config: Any = parse(plans.STAGES[stage][0], [*flags, "--device", w.DEVICE, "--out", out, *more])
                     on_cpu = w.DEVICE == "cpu"
                     place: dict[str, Any] = {"cpu": on_cpu, "capacity": memory.capacity_of_device()}
+                    place["base"] = memory.program() if on_cpu else 0.0
                     lines = memory.lines(config, memory.model_of(config), **place)
                     importlib.import_module(script.removesuffix(".py")).main(config)
                     manifest = json.loads(Path(out, "manifest.json").read_text(encoding="utf-8"))

@@ -255,7 +255,11 @@ ENTRIES = {
     "head": {"ours": timing(0.002), "ours-bf16": timing(0.001)},
     "deterministic": {"dpo": timing(0.3), "same bytes": {"same": True}},
     "compile": {"dpo": timing(0.1)},
-    "peers": {"dpo": {"seconds": 0.5, "all": [0.5], "step_mib": 300.0}, "reward": {"skipped": "trl is not installed"}},
+    "peers": {
+        "dpo": {"seconds": 0.5, "all": [0.5], "step_mib": 300.0},
+        "reward": {"skipped": "trl is not installed"},
+        "ppo-bf16": {"skipped": "trl is not installed"},
+    },
 }
 
 
@@ -270,7 +274,7 @@ def test_the_page_shows_every_result():
         "70 passed, 1 failed",
         "**Failed or not finished**: 1 of 71 tests failed; test_x: AssertionError: 1.",
         "- ppo: RuntimeError: x",
-        "Not measured: trl is not installed.",
+        "Not measured, since trl is not installed: reward-model step; PPO iteration, bf16.",
         "usual no, deterministic yes",
     ):
         assert words in page, words
@@ -294,6 +298,8 @@ def test_the_page_says_which_parts_are_missing_and_what_is_a_rehearsal():
     assert page.count("Not run yet.") == len(gpu_page.TEXTS) - 1
     assert "**Failed or not finished**: not done within 9 s." in page
     assert "No Triton kernel ran" not in page
+    unknown = gpu_page.page(ABOUT | {"driver": "", "cuda": None}, {}, True)
+    assert "Versions: torch 9, triton 4." in unknown
     lacking = ABOUT | {"lacks": "Triton needs a C compiler"}
     assert "**No Triton kernel ran**: Triton needs a C compiler." in gpu_page.page(lacking, {}, False)
 
