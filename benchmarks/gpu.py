@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 from benchmarks import gpu_page
 from experiments.grid import ROOT, commit, machine
 from mpo.config import Positive, Size
+from mpo.runtime import signals
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError, Interrupted, RunError
 from mpo.runtime.files import read_json, write_json, write_text
@@ -310,6 +311,7 @@ def check(parts: Sequence[Part], place: Place, about: Row, out: Path, page: Path
     entries: dict[str, Row] = {
         name: entry for name, entry in before.items() if all(entry.get(k) == about[k] for k in ("commit", "device"))
     }
+    signals.promise("runs the parts that have not finished")
     waiting = [part for part in parts if not finished(entries.get(part.name), about)]
     for part in parts:
         if part not in waiting:

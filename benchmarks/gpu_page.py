@@ -27,15 +27,15 @@ INTRODUCTION = """# On a GPU
 
 {parts}
 """
-REHEARSED = """**This is a rehearsal on a CPU at the smallest sizes. No number on this page means anything**, and the texts
-describe the real check.
+REHEARSED = """**This is a rehearsal on a CPU at the smallest sizes. No number on this page means anything**, and
+the texts describe the real check.
 
 """
 WORKLOAD = """The workload is that of [benchmarks.md](benchmarks.md) in a size that keeps a GPU busy: a Llama of 6
 layers of width 1024 with random weights, a vocabulary of 32,768 tokens, prompts of 256 tokens and responses of 128. A
-step has 32 pairs, of which SFT uses the chosen responses; generation and an iteration of PPO have 64 prompts. The times are medians of a few steps; the first
-step does not count. "bf16" is `--precision bf16-mixed`. The memory is what a step needs besides what was held
-before it.
+step has 32 pairs, of which SFT uses the chosen responses; generation and an iteration of PPO have 64 prompts. The
+times are medians of a few steps; the first step does not count. "bf16" is `--precision bf16-mixed`. The memory is
+what a step needs besides what was held before it.
 """
 TEXTS = {
     "kernels": (
@@ -69,8 +69,8 @@ whether three steps of DPO, done three times, ended with the same bytes.""",
     ),
     "compile": (
         "`--compile true`",
-        """Some of the steps above, with every layer compiled by torch. The first step includes the compilation; the second
-case of a precision uses what the first one has compiled.""",
+        """Some of the steps above, with every layer compiled by torch. The first step includes the compilation; the
+second case of a precision uses what the first one has compiled.""",
     ),
     "peers": (
         "Beside trl and transformers",

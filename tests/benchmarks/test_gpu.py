@@ -90,12 +90,14 @@ def test_a_signal_ends_the_check_and_the_part_with_all_that_it_started(tmp_path)
         "run_plain(lambda argv: gpu.check(parts, place, ABOUT, here / 'gpu.json', here / 'gpu.md', math.inf))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    running = subprocess.Popen([sys.executable, script], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    running = subprocess.Popen([sys.executable, script], cwd=ROOT, env=environment, **quiet)
     while not (tmp_path / "begun").exists():
         assert running.poll() is None
         time.sleep(0.02)
     running.terminate()
-    assert running.wait(20) == 128 + 15
+    assert b"interrupted; the same command runs the parts that have not finished" in running.communicate(timeout=20)[1]
+    assert running.returncode == 128 + 15
     assert list(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == ["one"]
     time.sleep(2.2)
     assert not alive.exists()
