@@ -1,8 +1,10 @@
 """make gpu-check: all that has to be known of a GPU, in minutes. Writes benchmarks/gpu.json and docs/gpu.md.
 
 The work is divided into parts (PARTS), which run one after another, each as a process of its own with a time limit.
-gpu.json is written after each part. A part that has finished on the same commit and GPU is not run again; one that
-failed, or that no time was left for, is. This process itself leaves the GPU alone.
+gpu.json is written after each part. When all minutes are used up, the part that runs then is ended, and no other one
+begins. The same command goes on later. It leaves out what has finished on the same commit and GPU, and runs what has
+not been tried before what has failed. So a part that fails slowly each time cannot keep the others from their turn.
+This process itself leaves the GPU alone.
 
 --rehearse true runs every part on the CPU at the smallest sizes, and writes to runs/gpu-rehearsal/ instead.
 """
@@ -11,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,6 +30,7 @@ from typing import Any, NamedTuple
 from benchmarks import gpu_page
 from experiments.grid import ROOT, commit, machine
 from mpo.config import Positive, Size
+from mpo.runtime import signals
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError, Interrupted, RunError
 from mpo.runtime.files import read_json, write_json, write_text
@@ -46,7 +49,7 @@ LEFT_OUT = ("MPO_KERNELS", "MPO_BENCH", "MPO_TEST_DEVICE", "TRITON_INTERPRET", "
 class GPUConfig:
     """Check and measure this project on a GPU."""
 
-    minutes: Positive = 8.0  # for all parts together, except the installation of the peers
+    minutes: Positive = 8.0  # for everything, once `make` has installed what this project needs
     repeats: Size = 5  # steps that count of each case
     rehearse: bool = False  # on the CPU, at the smallest sizes; the numbers mean nothing
     out: str = ""  # every number measured; benchmarks/gpu.json if not set, or runs/gpu-rehearsal/gpu.json
@@ -87,7 +90,6 @@ class Part:
     command: Callable[[Place], Sequence[str]]
     environment: Callable[[Place], Mapping[str, str]]
     read: Callable[[Place, Path], Outcome]  # from the log; also of a part that failed or ran out of time
-    counted: bool = True  # whether its time counts
 
 
 # --- the parts ------------------------------------------------------------------------------------
@@ -169,15 +171,15 @@ def read_pipeline(place: Place, log: Path) -> Outcome:
     return Outcome(rows, f"{missing[0]} has not finished" if missing else "")
 
 
-def installation(place: Place) -> list[str]:
-    """The command that makes the peers' environments; none in a rehearsal."""
-    return ["true"] if place.rehearsal else ["make", "--no-print-directory", ".peers/now/.done", ".peers/ppo/.done"]
+def peers(place: Place) -> list[str]:
+    """The command that makes the peers' environments, unless this is a rehearsal, and measures those that are there."""
+    install = "make --no-print-directory .peers/now/.done .peers/ppo/.done; "
+    return ["sh", "-c", ("" if place.rehearsal else install) + shlex.join(worker("peers")(place))]
 
 
-def read_installation(place: Place, log: Path) -> Outcome:
-    """Without the peers, their part says what is missing."""
-    missing = [name for name in ("now", "ppo") if not (ROOT / ".peers" / name / ".done").exists()]
-    return Outcome({}, skipped=f".peers/{missing[0]} is not there" if missing else "")
+def peers_environment(place: Place) -> dict[str, str]:
+    """Without a network, pip is to give up soon."""
+    return {"MPO_BENCH": place.workload(), "PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "15"}
 
 
 KERNELS = "gpu or matches_its_definition and not decoder"
@@ -204,15 +206,7 @@ PARTS = (
     Part("head", 60, worker("head"), workload(), read_worker),
     Part("deterministic", 70, worker("deterministic", "deterministic bytes"), workload(), read_worker),
     Part("compile", 150, worker("compile"), workload(compile=True), read_worker),
-    Part(
-        "install",
-        900,
-        installation,
-        lambda place: {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "15"},  # without a network, not for minutes
-        read_installation,
-        counted=False,
-    ),
-    Part("peers", 200, worker("peers"), workload(), read_worker),
+    Part("peers", 600, peers, peers_environment, read_worker),
 )
 
 
@@ -280,19 +274,19 @@ def source() -> str:
 
 
 def driver() -> str:
-    """The version of NVIDIA's driver, as far as it can be found."""
+    """The version of NVIDIA's driver; "" where it cannot be found."""
     if not shutil.which("nvidia-smi"):
-        return "?"
+        return ""
     asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     said = subprocess.run(asked, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    return said.stdout.strip().splitlines()[0] if said.returncode == 0 and said.stdout.strip() else "?"
+    return said.stdout.strip().splitlines()[0] if said.returncode == 0 and said.stdout.strip() else ""
 
 
-def probe(place: Place) -> Row:
+def probe(place: Place, left: float) -> Row:
     """What this machine is (gpu_worker.py), or RunError where not even that can be found out."""
     log = place.folder / "probe.log"
     command = [sys.executable, "-m", "benchmarks.gpu_worker", "probe"]
-    wrong = call(command, {"MPO_BENCH": json.dumps(REHEARSAL)}, log, 120)
+    wrong = call(command, {"MPO_BENCH": json.dumps(REHEARSAL)}, log, min(120, left))
     about = read_worker(place, log).result.get("about")
     if wrong or about is None:
         raise RunError(f"cannot ask torch for a GPU: {wrong or last_line(log)}")
@@ -305,32 +299,35 @@ def finished(entry: Row | None, about: Row) -> bool:
     return bool(same and entry and "error" not in entry and "skipped" not in entry)
 
 
-def check(parts: Sequence[Part], place: Place, about: Row, out: Path, page: Path, minutes: float) -> list[str]:
-    """Run the parts that have not finished yet; returns the names of those that failed.
+def check(parts: Sequence[Part], place: Place, about: Row, out: Path, page: Path, end: float) -> list[str]:
+    """Run the parts that have not finished yet; returns the names of those that still have not.
 
     The results of other commits and GPUs are dropped from the file, since the page has room for one.
+
+    Args:
+        end: when all parts must be done, as a time of time.monotonic().
     """
     before = read_json(out)["parts"] if out.exists() else {}
     entries: dict[str, Row] = {
         name: entry for name, entry in before.items() if all(entry.get(k) == about[k] for k in ("commit", "device"))
     }
-    left = 60 * minutes
+    signals.promise("runs the parts that have not finished")
+    waiting = [part for part in parts if not finished(entries.get(part.name), about)]
     for part in parts:
-        if finished(entries.get(part.name), about):
+        if part not in waiting:
             print(f"{part.name}: finished before", flush=True)
+    for part in sorted(waiting, key=lambda part: part.name in entries):  # those that have failed come last
+        if (left := end - time.monotonic()) < 1:
+            print(f"{part.name}: no time is left for it", flush=True)
             continue
-        if part.counted and left < 1:
-            entry: Row = {"seconds": 0.0, "result": {}, "error": "no time was left for it"}
-        else:
-            entry = run_part(part, place, left if part.counted else math.inf)
-        left -= entry["seconds"] if part.counted else 0.0
+        entry = run_part(part, place, left)
         entries[part.name] = entry | {"commit": about["commit"], "device": about["device"]}
         write_json(out, {"about": about, "parts": entries})
         write_text(page, gpu_page.page(about, entries, place.rehearsal))
         verdict = entry.get("error") or (f"skipped: {entry['skipped']}" if "skipped" in entry else "done")
         print(f"{part.name}: {verdict} ({entry['seconds']:.0f} s)", flush=True)
     write_text(page, gpu_page.page(about, entries, place.rehearsal))
-    return [part.name for part in parts if "error" in entries[part.name]]
+    return [part.name for part in parts if "error" in entries.get(part.name, {"error": "not run"})]
 
 
 def main(config: GPUConfig) -> None:
@@ -350,9 +347,11 @@ def main(config: GPUConfig) -> None:
 
 def check_here(config: GPUConfig, kept: Path) -> None:
     """See `main`. `kept`: the folder for runs and logs."""
+    minutes = max(config.minutes, 60.0) if config.rehearse else config.minutes  # a rehearsal is to reach the last part
+    end = time.monotonic() + 60 * minutes
     version = source().replace(" ", "-")
     place = Place("cpu" if config.rehearse else "cuda", kept / version, 1 if config.rehearse else config.repeats)
-    about = probe(place)
+    about = probe(place, end - time.monotonic())
     if config.rehearse:
         about["device"] = "none, since this is a rehearsal on the CPU"
     elif about["device"] is None:
@@ -362,8 +361,7 @@ def check_here(config: GPUConfig, kept: Path) -> None:
         )
     out = Path(config.out or (kept / "gpu.json" if config.rehearse else ROOT / "benchmarks" / "gpu.json"))
     page = Path(config.page or (kept / "gpu.md" if config.rehearse else ROOT / "docs" / "gpu.md"))
-    minutes = max(config.minutes, 60.0) if config.rehearse else config.minutes  # a rehearsal is to reach the last part
-    failed = check(PARTS, place, about, out, page, minutes)
+    failed = check(PARTS, place, about, out, page, end)
     print(f"written: {out}, {page}", flush=True)
     if failed:
         again = "the same command runs only these again"

@@ -11,6 +11,7 @@ Row = dict[str, Any]
 Entries = Mapping[str, Row]
 
 NAMES = {
+    "sft": "SFT step",
     "dpo-best": "DPO step, reference cached",
     "dpo": "DPO step, reference computed in the step",
     "reward": "reward-model step",
@@ -26,12 +27,15 @@ INTRODUCTION = """# On a GPU
 
 {parts}
 """
-REHEARSED = "**This is a rehearsal on a CPU at the smallest sizes. No number on this page means anything.**\n\n"
+REHEARSED = """**This is a rehearsal on a CPU at the smallest sizes. No number on this page means anything**, and
+the texts describe the real check.
+
+"""
 WORKLOAD = """The workload is that of [benchmarks.md](benchmarks.md) in a size that keeps a GPU busy: a Llama of 6
 layers of width 1024 with random weights, a vocabulary of 32,768 tokens, prompts of 256 tokens and responses of 128. A
-step has 32 pairs; generation and an iteration of PPO have 64 prompts. The times are medians of a few steps; the first
-step does not count. "bf16" is `--precision bf16-mixed`. The memory is what a step needs besides what was held
-before it.
+step has 32 pairs, of which SFT uses the chosen responses; generation and an iteration of PPO have 64 prompts. The
+times are medians of a few steps; the first step does not count. "bf16" is `--precision bf16-mixed`. The memory is
+what a step needs besides what was held before it.
 """
 TEXTS = {
     "kernels": (
@@ -60,13 +64,13 @@ and the exact KL. In the columns of bf16, hidden states and weights are bf16."""
     ),
     "deterministic": (
         "The price of `--deterministic true`",
-        """The same steps as above with operations that give the same bytes each time. The line below the table says
+        """Some of the steps above, with operations that give the same bytes each time. The line below the table says
 whether three steps of DPO, done three times, ended with the same bytes.""",
     ),
     "compile": (
         "`--compile true`",
-        """The same steps with every layer compiled by torch. The first step includes the compilation; the second
-case of a precision uses what the first one has compiled.""",
+        """Some of the steps above, with every layer compiled by torch. The first step includes the compilation; the
+second case of a precision uses what the first one has compiled.""",
     ),
     "peers": (
         "Beside trl and transformers",
@@ -172,14 +176,17 @@ def against_speed(column: str, first: bool) -> Callable[[Row, Entries], str]:
 def of_peers(result: Row, entries: Entries) -> str:
     """Ours, from the part `speed`, beside theirs."""
     usual = entries.get("speed", {}).get("result", {})
-    rows, missing = [], set[str]()
+    rows, missing = [], dict[str, list[str]]()
     for name, theirs in result.items():
-        missing |= {theirs["skipped"]} if "skipped" in theirs else set()
         words = NAMES[name.removesuffix("-bf16")] + (", bf16" if name.endswith("-bf16") else "")
+        if "skipped" in theirs:
+            missing.setdefault(theirs["skipped"], []).append(words)
+            continue
         both = [ms(usual.get(name)), ms(theirs), ratio(theirs, usual.get(name))]
         rows.append([words, *both, mib(usual.get(name)), mib(theirs, "step_mib")])
-    text = table(["what", "ours, ms", "peer, ms", "times as fast", "ours, MiB", "peer, MiB"], rows)
-    return text + "".join(f"\n\nNot measured: {reason}." for reason in sorted(missing))
+    header = ["what", "ours, ms", "peer, ms", "times as fast", "ours, MiB", "peer, MiB"]
+    why = [f"Not measured, since {reason}: {'; '.join(words)}." for reason, words in missing.items()]
+    return "\n\n".join([table(header, rows)] * bool(rows) + why)
 
 
 TABLES: dict[str, Callable[[Row, Entries], str]] = {
@@ -218,7 +225,8 @@ def page(about: Row, entries: Entries, rehearsal: bool) -> str:
     """The whole page."""
     gpu = about["device"] + (f", compute capability {about['capability']}" if "capability" in about else "")
     gpu += f", {about['mib'] / 1024:.0f} GiB" if "mib" in about else ""
-    versions = f"driver {about['driver']}, torch {about['torch']}, CUDA {about['cuda']}, triton {about['triton']}"
+    known = {name: about[name] for name in ("driver", "torch", "cuda", "triton") if about[name]}
+    versions = ", ".join(f"{name} {version}" for name, version in known.items()).replace("cuda", "CUDA")
     facts = f"GPU: {gpu}. Machine: {about['machine']}. Versions: {versions}. Commit: {about['commit']}. "
     if about.get("lacks"):
         facts += f"**No Triton kernel ran**: {about['lacks']}. "

@@ -153,6 +153,7 @@ def plan() -> Cases:
                     config: Any = parse(plans.STAGES[stage][0], [*flags, "--device", w.DEVICE, "--out", out, *more])
                     on_cpu = w.DEVICE == "cpu"
                     place: dict[str, Any] = {"cpu": on_cpu, "capacity": memory.capacity_of_device()}
+                    place["base"] = memory.program() if on_cpu else 0.0
                     lines = memory.lines(config, memory.model_of(config), **place)
                     importlib.import_module(script.removesuffix(".py")).main(config)
                     manifest = json.loads(Path(out, "manifest.json").read_text(encoding="utf-8"))
@@ -169,7 +170,13 @@ def peer_python(environment: str, module: str) -> str:
     return sys.executable if environment == "now" and importlib.util.find_spec(module) else ""
 
 
-PEERS = {"dpo": ("now", "trl"), "reward": ("now", "trl"), "generate": ("now", "transformers"), "ppo": ("ppo", "trl")}
+PEERS = {
+    "sft": ("now", "trl"),
+    "dpo": ("now", "trl"),
+    "reward": ("now", "trl"),
+    "generate": ("now", "transformers"),
+    "ppo": ("ppo", "trl"),
+}
 """A case of peers.py -> its environment in .peers/, and the module that it needs."""
 
 
@@ -188,7 +195,7 @@ def peers(repeats: int) -> Cases:
 
 
 TASKS: dict[str, Callable[[int], Cases]] = {
-    "speed": lambda repeats: steps(("dpo-best", "dpo", "reward", "generate", "ppo"), repeats),
+    "speed": lambda repeats: steps(("sft", "dpo-best", "dpo", "reward", "generate", "ppo"), repeats),
     "ordinary bytes": lambda repeats: same_bytes(False),
     "deterministic": lambda repeats: steps(("dpo-best", "reward", "generate", "ppo"), repeats, True),
     "deterministic bytes": lambda repeats: same_bytes(True),

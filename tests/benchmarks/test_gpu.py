@@ -42,8 +42,8 @@ def check(place, tmp_path, monkeypatch):
 
     def run(*parts, about=ABOUT, minutes=1.0):
         out = tmp_path / "gpu.json"
-        failed = gpu.check(parts, place, about, out, tmp_path / "gpu.md", minutes)
-        return failed, json.loads(out.read_text())["parts"]
+        failed = gpu.check(parts, place, about, out, tmp_path / "gpu.md", time.monotonic() + 60 * minutes)
+        return failed, json.loads(out.read_text())["parts"] if out.exists() else {}
 
     return run
 
@@ -82,19 +82,22 @@ def test_a_signal_ends_the_check_and_the_part_with_all_that_it_started(tmp_path)
     script, alive = tmp_path / "check.py", tmp_path / "alive"
     last = f"import time; open({str(tmp_path / 'begun')!r}, 'w'); time.sleep(2); open({str(alive)!r}, 'w')"
     script.write_text(
-        "import sys\nfrom pathlib import Path\nfrom benchmarks import gpu\nfrom mpo.runtime.entry import run_plain\n"
+        "import math\nimport sys\nfrom pathlib import Path\n"
+        "from benchmarks import gpu\nfrom mpo.runtime.entry import run_plain\n"
         "from tests.benchmarks.test_gpu import ABOUT, part\n"
         f"parts = part('one', ''), part('two', {last!r}), part('three', '')\n"
         f"here = Path({str(tmp_path)!r})\nplace = gpu.Place('cuda', here, 1)\n"
-        "run_plain(lambda argv: gpu.check(parts, place, ABOUT, here / 'gpu.json', here / 'gpu.md', 1.0))\n"
+        "run_plain(lambda argv: gpu.check(parts, place, ABOUT, here / 'gpu.json', here / 'gpu.md', math.inf))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    running = subprocess.Popen([sys.executable, script], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    running = subprocess.Popen([sys.executable, script], cwd=ROOT, env=environment, **quiet)
     while not (tmp_path / "begun").exists():
         assert running.poll() is None
         time.sleep(0.02)
     running.terminate()
-    assert running.wait(20) == 128 + 15
+    assert b"interrupted; the same command runs the parts that have not finished" in running.communicate(timeout=20)[1]
+    assert running.returncode == 128 + 15
     assert list(json.loads((tmp_path / "gpu.json").read_text())["parts"]) == ["one"]
     time.sleep(2.2)
     assert not alive.exists()
@@ -122,12 +125,26 @@ def test_a_part_is_ended_at_its_limit_with_all_that_it_started(check, tmp_path):
 
 
 def test_parts_for_which_no_time_is_left_come_in_the_next_call(check):
-    slow, install = part("slow", "import time; time.sleep(1.3)"), part("install", "", counted=False)
-    failed, entries = check(slow, part("late", ""), install, minutes=2 / 60)
-    assert failed == ["late"]
-    assert entries["late"]["error"] == "no time was left for it"
-    assert "error" not in entries["install"]  # its time does not count
-    assert check(slow, part("late", ""), install, minutes=2 / 60)[0] == []
+    assert check(part("late", ""), minutes=0.0) == (["late"], {})
+    failed, entries = check(part("late", ""))
+    assert not failed
+    assert "late" in entries
+
+
+def test_a_part_ends_with_the_minutes_of_the_whole_check(check):
+    failed, entries = check(part("slow", "import time; time.sleep(60)", limit=50.0), minutes=1.2 / 60)
+    assert failed == ["slow"]
+    assert entries["slow"]["error"] == "not done within 1 s"
+
+
+def test_a_part_that_fails_slowly_each_time_does_not_keep_the_others_from_their_turn(check, tmp_path):
+    def noted(name, more="", **limits):
+        return part(name, f"open({str(tmp_path / 'order')!r}, 'a').write('{name} '); {more}", **limits)
+
+    parts = noted("bad", "import time; time.sleep(60)", limit=1.2), noted("two"), noted("three")
+    assert check(*parts, minutes=2 / 60)[0] == ["bad", "two", "three"]
+    assert check(*parts)[0] == ["bad"]
+    assert (tmp_path / "order").read_text() == "bad two three bad "
 
 
 def test_a_skipped_part_is_no_failure_and_is_tried_again(check, tmp_path):
@@ -179,7 +196,7 @@ def test_cases_that_were_measured_before_a_process_died_are_kept(tmp_path):
 
 def test_without_cuda_it_says_so_in_one_line_and_starts_no_part(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    monkeypatch.setattr(gpu, "probe", lambda place: ABOUT | {"device": None, "torch": "2.13.0+cpu"})
+    monkeypatch.setattr(gpu, "probe", lambda place, left: ABOUT | {"device": None, "torch": "2.13.0+cpu"})
     monkeypatch.setattr(gpu, "ROOT", tmp_path / "root")
     with pytest.raises(InputError, match=r"torch 2.13.0\+cpu reaches no CUDA device") as caught:
         gpu.main(gpu.GPUConfig(out=str(tmp_path / "x.json"), page=str(tmp_path / "x.md")))
@@ -192,7 +209,7 @@ def test_the_exit_status_is_1_if_a_part_failed(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "source", lambda: "c1")
-    monkeypatch.setattr(gpu, "probe", lambda place: ABOUT)
+    monkeypatch.setattr(gpu, "probe", lambda place, left: ABOUT)
     monkeypatch.setattr(gpu, "PARTS", (part("hh", "import sys; print('{}'); sys.exit('CUDA error')"),))
     with pytest.raises(RunError, match="hh: failed or not finished") as caught:
         gpu.main(gpu.GPUConfig())
@@ -240,7 +257,11 @@ ENTRIES = {
     "head": {"ours": timing(0.002), "ours-bf16": timing(0.001)},
     "deterministic": {"dpo": timing(0.3), "same bytes": {"same": True}},
     "compile": {"dpo": timing(0.1)},
-    "peers": {"dpo": {"seconds": 0.5, "all": [0.5], "step_mib": 300.0}, "reward": {"skipped": "trl is not installed"}},
+    "peers": {
+        "dpo": {"seconds": 0.5, "all": [0.5], "step_mib": 300.0},
+        "reward": {"skipped": "trl is not installed"},
+        "ppo-bf16": {"skipped": "trl is not installed"},
+    },
 }
 
 
@@ -255,7 +276,7 @@ def test_the_page_shows_every_result():
         "70 passed, 1 failed",
         "**Failed or not finished**: 1 of 71 tests failed; test_x: AssertionError: 1.",
         "- ppo: RuntimeError: x",
-        "Not measured: trl is not installed.",
+        "Not measured, since trl is not installed: reward-model step; PPO iteration, bf16.",
         "usual no, deterministic yes",
     ):
         assert words in page, words
@@ -274,17 +295,33 @@ def test_the_page_shows_every_result():
 
 
 def test_the_page_says_which_parts_are_missing_and_what_is_a_rehearsal():
-    page = gpu_page.page(ABOUT, {"hh": {"seconds": 0.0, "result": {}, "error": "no time was left for it"}}, True)
+    page = gpu_page.page(ABOUT, {"hh": {"seconds": 9.0, "result": {}, "error": "not done within 9 s"}}, True)
     assert "No number on this page means anything" in page
     assert page.count("Not run yet.") == len(gpu_page.TEXTS) - 1
-    assert "**Failed or not finished**: no time was left for it." in page
+    assert "**Failed or not finished**: not done within 9 s." in page
     assert "No Triton kernel ran" not in page
+    unknown = gpu_page.page(ABOUT | {"driver": "", "cuda": None}, {}, True)
+    assert "Versions: torch 9, triton 4." in unknown
     lacking = ABOUT | {"lacks": "Triton needs a C compiler"}
     assert "**No Triton kernel ran**: Triton needs a C compiler." in gpu_page.page(lacking, {}, False)
 
 
 def test_every_part_is_on_the_page():
-    assert {part.name for part in gpu.PARTS} - {"install"} == gpu_page.TEXTS.keys() == gpu_page.TABLES.keys()
+    assert {part.name for part in gpu.PARTS} == gpu_page.TEXTS.keys() == gpu_page.TABLES.keys()
+
+
+def test_every_case_that_is_measured_has_its_words_on_the_page_and_every_peer_stands_beside_ours():
+    """In a process of its own, since turns.py redirects standard output."""
+    code = (
+        "import json, sys\nfrom benchmarks import gpu_worker as g\n"
+        "print(json.dumps({task: [name for name, _ in cases(1)] for task, cases in g.TASKS.items()}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    cases = json.loads(done.stderr.splitlines()[-1])
+    for task in ("speed", "deterministic", "compile", "peers"):
+        assert {name.removesuffix("-bf16") for name in cases[task]} <= gpu_page.NAMES.keys()
+    assert {"sft", "dpo-bf16", "ppo"} <= set(cases["peers"]) <= set(cases["speed"])
+    assert set(cases["deterministic"]) | set(cases["compile"]) <= set(cases["speed"])
 
 
 def test_the_page_exists_only_with_figures_from_a_gpu():

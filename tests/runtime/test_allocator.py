@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,38 @@ def kept(how: str) -> list[int]:
 def test_freed_memory_is_kept_except_by_a_frugal_stage():
     assert kept("fast") == pytest.approx([80, 0], abs=2)
     assert kept("frugal") == pytest.approx([0, 0], abs=2)
+
+
+# Frees 100 groups of three small blocks that are neighbours. Prints how many groups there were, and how many of 100
+# blocks, each as large as three small ones, then lie where a group was.
+JOINED = """
+import ctypes
+from mpo.runtime import allocator
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+allocator.configure(frugal=False)
+blocks = [libc.malloc(72) for _ in range(20_000)]
+pairs = zip(range(10_000, 19_990), range(10_004, 19_994))
+groups = [i for i, end in pairs if i % 4 == 0 and blocks[end] == blocks[i] + 4 * 80][:100]  # no other block in between
+large = [0] * 100
+for i in groups:
+    for block in blocks[i : i + 3]:
+        libc.free(block)
+for i in range(100):  # into a list that is there: a request for much memory would join all small blocks
+    large[i] = libc.malloc(3 * 80 - 8)
+print(len(groups), len(set(large) & {blocks[i] for i in groups}))
+"""
+
+
+@linux
+def test_small_blocks_that_are_freed_join_their_neighbours_at_once():
+    environment = os.environ | {allocator.VARIABLE: allocator.WITHOUT_CACHE}
+    command = [sys.executable, "-c", JOINED]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    groups, joined = map(int, done.stdout.split())
+    assert groups == 100
+    assert joined > 80  # the memory of the others may have been used for something else
 
 
 @pytest.mark.parametrize(
