@@ -18,7 +18,7 @@ pipeline: check-eval
 	@$(if $(FROM),$(share))
 	@printf '%s\n' $(call quote,$(what_runs)) $(if $(size),$(call quote,$(what_flags)))
 	@$(MAKE) --no-print-directory $(RUN)/eval/manifest.json
-	@$(PY) -m mpo.tools.report $(RUN)
+	@$(PY) -m mpo.tools.page $(RUN)
 
 # One policy and what it needs, without an evaluation: make policy-reversed
 policy-%: check-%
@@ -36,7 +36,8 @@ chat: .venv/.ready $(call reader,$(RUN)/$(STAGE))
 	@$(PY) chat.py --model $(RUN)/$(STAGE) $(addprefix --data ,$(patsubst %/manifest.json,%,$(wildcard $(RUN)/data/manifest.json)))
 
 report: .venv/.runtime
-	@$(PY) -m mpo.tools.report $(RUN)
+	@$(figures_if_possible)
+	@$(PY) -m mpo.tools.page $(RUN)
 
 verify: .venv/.runtime
 	@$(PY) -m mpo.tools.verify $(RUN)

@@ -14,6 +14,7 @@ ifneq ($(PY),.venv/bin/python)
 	@:
 .venv/.ready:
 	@$(PY) kernels/build.py
+figures_if_possible := :
 else
 
 .venv/bin/python:
@@ -39,6 +40,10 @@ locked = $(PY) requirements/pick.py $(1) > .venv/$(1).txt && $(PIP) install --qu
 .venv/.figures: .venv/.ready
 	$(call locked,figures)
 	@touch $@
+
+# The same for `make report`, which does without figures where matplotlib is not there and cannot be installed
+figures_if_possible = $(PY) -c 'import matplotlib' 2>/dev/null || { echo 'Installing matplotlib into .venv, for figures.'; \
+                      { $(call locked,figures); } >.venv/figures.log 2>&1 || true; }
 
 # What reads tokenizer.json, for a model without a tokenizer.model (make/flags.mk). A package that is there already is left as it is. Offline,
 # the last line says what to run where there is a network.
