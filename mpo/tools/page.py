@@ -55,7 +55,7 @@ def figure(title: str, drawing: str, about: str = "") -> str:
     words = escape(f"{title}. {about}")
     return (
         f'<figure role="group" aria-label="{words}">\n<figcaption>{escape(title)}{small}</figcaption>\n'
-        f"{figures.with_variables(drawing)}\n</figure>"
+        f"{figures.with_variables(drawing, title)}\n</figure>"
     )
 
 

@@ -108,12 +108,12 @@ def _svg(draws: Sequence[Draw], width: float, height: float) -> str:
     return re.sub(r"\n\s*", "\n", text).strip()
 
 
-def with_variables(drawing: str) -> str:
-    """A drawing for the page: colours by CSS variables, and only ids that are used, which no other drawing has."""
+def with_variables(drawing: str, title: str) -> str:
+    """A drawing for the page: colours by CSS variables, and only ids that are used, which no other title has."""
     for colour, name in VARIABLES.items():
         drawing = drawing.replace(colour, f"var(--{name})")
     used = set(re.findall(r'(?:url\(|href=")#([\w.-]+)', drawing))
-    prefix = "f" + hashlib.sha256(drawing.encode()).hexdigest()[:8]
+    prefix = "f" + hashlib.sha256((title + drawing).encode("utf-8", "replace")).hexdigest()[:8]
     drawing = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", drawing)
     drawing = drawing.replace("url(#", f"url(#{prefix}-").replace('xlink:href="#', f'href="#{prefix}-')
     return re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', drawing, count=1)
