@@ -40,7 +40,7 @@ PAGE = "report.html"
 MOST_SAMPLES = 200  # prompts whose responses the page shows
 NEEDS = (
     "With figures, for a browser: make report RUN={run} writes {page}. It needs matplotlib, and installs it where "
-    "there is a network (without make: pip install 'mpo[figures]')"
+    "there is a network (without make: pip install matplotlib)"
 )
 
 

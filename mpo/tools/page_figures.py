@@ -431,7 +431,7 @@ def main(argv: list[str]) -> None:
         print(usage)
         sys.exit(0)
     if not available():
-        raise InputError("figures need matplotlib; install it with: pip install 'mpo[figures]', or make .venv/.figures")
+        raise InputError("figures need matplotlib; install it with: pip install matplotlib, or make .venv/.figures")
     write_text(Path(argv[1]), readme_picture(Path(argv[0])))
     print(argv[1])
 
