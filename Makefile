@@ -16,8 +16,7 @@
 #   LORA      train only low-rank adapters of this rank (in SFT only if MODEL is a folder)
 #   BF16      1: matrix products in bf16 where the processor has them; weights and sums stay in fp32
 #   KERNELS   reference: plain torch everywhere, in place of the fastest implementation
-#   NPROC     processes of each stage that computes with a model
-#   SHARD     1: split every weight among these processes (FSDP2)
+#   NPROC     processes of each stage that computes with a model; SHARD=1: split every weight among them (FSDP2)
 #   LOG       tensorboard, trackio or wandb: show the metrics there, too, while a stage trains (docs/report.md)
 #   DEVICE    cpu, cuda, cuda:1 or mps; if not set, a GPU where there is one
 #   REDO      1: discard finished stages and saves that were made with other flags or inputs
