@@ -16,8 +16,8 @@
 #   LORA      train only low-rank adapters of this rank (in SFT only if MODEL is a folder)
 #   BF16      1: matrix products in bf16 where the processor has them; weights and sums stay in fp32
 #   KERNELS   reference: plain torch everywhere, in place of the fastest implementation
-#   NPROC     processes of each stage that computes with a model
-#   SHARD     1: split every weight among these processes (FSDP2)
+#   NPROC     processes of each stage that computes with a model; SHARD=1: split every weight among them (FSDP2)
+#   LOG       tensorboard, trackio or wandb: show the metrics there, too, while a stage trains (docs/report.md)
 #   DEVICE    cpu, cuda, cuda:1 or mps; if not set, a GPU where there is one
 #   REDO      1: discard finished stages and saves that were made with other flags or inputs
 #   QUICK     1: a smoke test of a few seconds for each stage; its numbers mean nothing
@@ -55,17 +55,17 @@ $(call done,tokenizer): $(call made_from,tokenizer)
 sft_args = --model $(call as_word,$(MODEL)) $(call preset,sft) $(precision) $(sft_lora) $(SFT_FLAGS)
 $(call made_from,sft): $(call done,data tokenizer)
 $(call done,sft): $(call made_from,sft)
-	$(call model_stage,train_sft.py,--data $(RUN)/data --tokenizer $(RUN)/tokenizer $(sft_args))
+	$(call training_stage,train_sft.py,--data $(RUN)/data --tokenizer $(RUN)/tokenizer $(sft_args))
 
 rm_args = $(call preset,rm) $(precision) $(lora) $(RM_FLAGS)
 $(call made_from,rm): $(call done,data sft)
 $(call done,rm): $(call made_from,rm)
-	$(call model_stage,train_rm.py,--data $(RUN)/data --model $(RUN)/sft $(rm_args))
+	$(call training_stage,train_rm.py,--data $(RUN)/data --model $(RUN)/sft $(rm_args))
 
 # rm-2, rm-3, ...: the same with another seed
 $(more_rms:%=$(call made_from,%)): $(call done,data sft)
 $(call done,$(more_rms)): $(RUN)/%/manifest.json: $(call made_from,%)
-	$(call model_stage,train_rm.py,--data $(RUN)/data --model $(RUN)/sft --seed $(SEED)0$(*:rm-%=%) $($*_args))
+	$(call training_stage,train_rm.py,--data $(RUN)/data --model $(RUN)/sft --seed $(SEED)0$(*:rm-%=%) $($*_args))
 
 split_args = $(ensemble) $(call preset,split) $(precision) $(SPLIT_FLAGS)
 $(call made_from,split): $(call done,data $(RMS))
@@ -78,7 +78,7 @@ define dpo_rule
 $(1)_args = --loss $$(LOSS) $$(call preset,dpo) $$(precision) $$(lora) $$(DPO_FLAGS) $$($(1)_FLAGS)
 $(call made_from,$(1)): $(call done,$(firstword $(subst /, ,$(3))) $(2))
 $(call done,$(1)): $(call made_from,$(1))
-	$$(call model_stage,train_dpo.py,--data $(RUN)/$(3) --model $(RUN)/$(2) $$($(1)_args))
+	$$(call training_stage,train_dpo.py,--data $(RUN)/$(3) --model $(RUN)/$(2) $$($(1)_args))
 endef
 
 # $(1) is the folder, $(2) the model, $(3) the reference, $(4) the prompts.
@@ -86,7 +86,7 @@ define ppo_rule
 $(1)_args = $$(call preset,ppo) $$(precision) $$(lora) $$(PPO_FLAGS) $$($(1)_FLAGS)
 $(call made_from,$(1)): $(call done,$(firstword $(subst /, ,$(4))) $(2) $(3) rm)
 $(call done,$(1)): $(call made_from,$(1))
-	$$(call model_stage,train_ppo.py,--prompts $(RUN)/$(4) --model $(RUN)/$(2) --ref $(RUN)/$(3) --rm $(RUN)/rm $$($(1)_args))
+	$$(call training_stage,train_ppo.py,--prompts $(RUN)/$(4) --model $(RUN)/$(2) --ref $(RUN)/$(3) --rm $(RUN)/rm $$($(1)_args))
 endef
 
 eval_args = --policies $(policies) $(call preset,eval) $(precision) $(EVAL_FLAGS)

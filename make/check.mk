@@ -9,7 +9,7 @@
 # Make itself accepts any variable, and it would notice a wrong name in POLICIES only after training.
 
 stage_flags := $(addsuffix _FLAGS,DATA TOKENIZER SFT RM SPLIT DPO PPO EVAL $(folders) $(more_rms))
-run_takes   := TASK RUN DATA TEST_DATA MODEL SEED LOSS POLICIES RMS FROM LORA BF16 NPROC SHARD DEVICE REDO QUICK $(stage_flags)
+run_takes   := TASK RUN DATA TEST_DATA MODEL SEED LOSS POLICIES RMS FROM LORA BF16 NPROC SHARD DEVICE LOG REDO QUICK $(stage_flags)
 any_takes   := KERNELS PY PYTHON PIP CXX GOMP_SPINCOUNT GLIBC_TUNABLES SHELL
 
 # A goal takes the variables in GOAL_takes if there is such a line, and those of a run otherwise. A make that was started

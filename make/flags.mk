@@ -26,6 +26,7 @@ $(call check,SEED,'^[A-Z]+=[0-9]+$$',a number)
 $(call check,NPROC,'^[A-Z]+=[1-9][0-9]*$$',a number of processes)
 $(call check,LORA,'^[A-Z]+=[0-9]*$$',a number)
 $(call check,DEVICE KERNELS,'^[A-Z]+=[a-z0-9:]*$$',a word)
+$(call check,LOG,'^LOG=(tensorboard|trackio|wandb)?$$',tensorboard$(comma) trackio or wandb)
 $(call check,LOSS,'^[A-Z]+=[A-Za-z0-9_:=.+*$(comma)-]+$$',a loss such as sigmoid+0.1*sft)
 $(call check,POLICIES RMS,'^[A-Z]+=[A-Za-z0-9 _.-]*$$',names with spaces between them)
 $(call check,$(filter %_FLAGS,$(.VARIABLES)),'^[A-Za-z0-9_-]+=[^;&|<>`$$]*$$',flags without signs that mean something to the shell)
@@ -101,13 +102,14 @@ more_rms := $(filter rm-%,$(RMS))
 $(foreach rm,$(more_rms),$(eval $(rm)_args = $$(rm_args) $$($(rm)_FLAGS)))
 
 # $(call stage,script,flags): the command of a stage. With $(call model_stage,...) the stage may run in several
-# processes. NPROC, SHARD and DEVICE change the result by no more than rounding, so they are not kept in .made-from/ and
-# a finished stage is not run again for them.
-python      = $(if $(KERNELS),MPO_KERNELS=$(KERNELS)) $(PY)
-stage       = $(strip $(python) $(1) --out $(@D) $(if $(REDO),--overwrite true) --seed $(SEED) $(2))
-model_stage = $(call stage,$(launch) $(1),$(place) $(2))
-launch      = $(if $(filter-out 1,$(NPROC)),-m mpo.runtime.launch $(NPROC))
-place       = $(if $(SHARD),--shard true) $(if $(DEVICE),--device $(DEVICE))
+# processes, and with $(call training_stage,...) its metrics may also go to a tracker. NPROC, SHARD, DEVICE and LOG change
+# the result by no more than rounding, so they are not kept in .made-from/ and a finished stage is not run again for them.
+python         = $(if $(KERNELS),MPO_KERNELS=$(KERNELS)) $(PY)
+stage          = $(strip $(python) $(1) --out $(@D) $(if $(REDO),--overwrite true) --seed $(SEED) $(2))
+model_stage    = $(call stage,$(launch) $(1),$(place) $(2))
+training_stage = $(call model_stage,$(1),$(if $(LOG),--log $(LOG)) $(2))
+launch         = $(if $(filter-out 1,$(NPROC)),-m mpo.runtime.launch $(NPROC))
+place          = $(if $(SHARD),--shard true) $(if $(DEVICE),--device $(DEVICE))
 
 # $(call reader,folder): the package that reads the folder's tokenizer.json, where there is no tokenizer.model, or only one
 # of tiktoken, which does not begin with a line feed as sentencepiece's do.

@@ -9,7 +9,7 @@ Mixed Preference Optimization: SFT, reward model, split by reward gap, DPO on ea
   make hh, make tldr   run every stage on one of the paper's two tasks: 3 to 12 minutes on two cores
   make policy-NAME     train one policy without an evaluation; the names are in the table of the Makefile
   make chat, score     type to a model of the run (STAGE=mpo); a reward model's accuracy by category (RM DATA OUT)
-  make report, verify  print the report of the run again; is any of its files damaged, out of date or unfinished?
+  make report, verify  the report again, with figures in RUN/report.html; is any file damaged, out of date or unfinished?
   make data/hh-rlhf    download the official HH-RLHF files, which make hh then uses
   make ablate          compare losses, estimators, splits, ... (GRID VARY VALUES POLICY SEEDS; docs/experiments.md)
   make claims          put the paper's claims to the test: hours; REDUCED=1: minutes

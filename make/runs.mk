@@ -18,7 +18,7 @@ pipeline: check-eval
 	@$(if $(FROM),$(share))
 	@printf '%s\n' $(call quote,$(what_runs)) $(if $(size),$(call quote,$(what_flags)))
 	@$(MAKE) --no-print-directory $(RUN)/eval/manifest.json
-	@$(PY) -m mpo.tools.report $(RUN)
+	@$(PY) -m mpo.tools.page $(RUN)
 
 # One policy and what it needs, without an evaluation: make policy-reversed
 policy-%: | $(from_hub)
@@ -43,7 +43,8 @@ chat: .venv/.ready $(call reader,$(RUN)/$(STAGE))
 	@$(PY) chat.py --model $(RUN)/$(STAGE) $(addprefix --data ,$(patsubst %/manifest.json,%,$(wildcard $(RUN)/data/manifest.json)))
 
 report: .venv/.runtime
-	@$(PY) -m mpo.tools.report $(RUN)
+	@$(figures_if_possible)
+	@$(PY) -m mpo.tools.page $(RUN)
 
 # How often a reward model prefers the chosen response, by category. Without RM it is the run's; without DATA, the pairs
 # are the run's test split. The result goes to a folder of its own, named after both.

@@ -14,6 +14,7 @@ ifneq ($(PY),.venv/bin/python)
 	@:
 .venv/.ready:
 	@$(PY) kernels/build.py
+figures_if_possible := :
 else
 
 .venv/bin/python:
@@ -51,6 +52,10 @@ optional = $(PY) -c 'import $(1)' 2>/dev/null || { \
 .venv/.hub: .venv/.runtime
 	@$(call optional,huggingface_hub,hub,downloads from the hub)
 	@touch $@
+
+# The same for `make report`, which does without figures where matplotlib is not there and cannot be installed
+figures_if_possible = $(PY) -c 'import matplotlib' 2>/dev/null || { echo 'Installing matplotlib into .venv, for figures.'; \
+                      { $(call locked,figures); } >.venv/figures.log 2>&1 || true; }
 
 # What reads tokenizer.json, for a model without a tokenizer.model (make/flags.mk).
 .venv/.tokenizers: .venv/.ready

@@ -97,6 +97,9 @@ class Training(Limits):
     # Saves
     save_every: NonNegative = 60.0  # seconds between saves, from which a stopped stage goes on; 0: after every step
 
+    # Metrics
+    log: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # show them there, too, while the stage runs
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Common):

@@ -353,6 +353,8 @@ def test_the_presets_on_the_page_are_those_of_make():
         (["DATA=rows.jsonl"], "prepare_data.py", {"data": "rows.jsonl", "train": 0, "test": 0}),
         (["LORA=4"], "train_sft.py", {"lora_rank": 0}),
         (["LORA=4"], "train_rm.py", {"lora_rank": 4}),
+        (["LOG=wandb"], "train_rm.py", {"log": "wandb"}),
+        (["LOG=tensorboard"], "train_ppo.py", {"log": "tensorboard"}),
         (["BF16=1", "DEVICE=cpu", "SHARD=1"], "eval.py", {"precision": "bf16-mixed", "device": "cpu", "shard": True}),
         (["DPO_FLAGS=--beta 1 --steps 2", "dpo_FLAGS=--beta 3"], "train_dpo.py", {"beta": 3.0, "steps": 2}),
         (["RMS=rm rm-2"], "split_data.py", {"rm": "runs/hh/rm,runs/hh/rm-2"}),
@@ -451,3 +453,17 @@ HUB = r"-m mpo\.tools\.hub (model|dataset) (\S+)"
 def test_a_name_that_is_no_folder_is_downloaded_from_the_hub_first(tmp_path, variables, asked, goal):
     done = make("-n", goal, *variables, f"RUN={tmp_path}")
     assert re.findall(HUB, done.stdout) == asked
+
+
+@pytest.mark.parametrize("pip", ["true", "false"])
+def test_make_report_does_without_figures_where_matplotlib_cannot_be_installed(tmp_path, pip):
+    for name in ("Makefile", "make", "requirements", "pyproject.toml", "kernels", "mpo"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    script = f'case "$2" in "import matplotlib") exit 1;; mpo.*) echo "$@"; exit 0;; esac\nexec {sys.executable} "$@"\n'
+    python.write_text(f"#!/bin/sh\n{script}")
+    python.chmod(0o755)
+    done = make("-o", ".venv/.runtime", "report", "RUN=runs/x", f"PIP={pip}", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "Installing matplotlib into .venv, for figures.\n-m mpo.tools.page runs/x\n"

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from mpo.runtime import device, distributed, output, signals
+from mpo.runtime import device, distributed, output, signals, trackers
 from mpo.runtime.errors import Ending, InputError, RunError, UpToDate
 from mpo.runtime.flags import parse
 
@@ -38,6 +38,7 @@ def run(
         config: Any = parse(config_class, argv)
         if check:
             check(config)
+        trackers.check(getattr(config, "log", "none"))
         if getattr(config, "plan", False):
             if plan is None:
                 raise InputError("--plan: this stage has no memory plan (docs/extending.md)")

@@ -12,10 +12,10 @@ from mpo.runtime.files import read_json, sha256
 
 MANIFEST, FLAGS, METRICS = "manifest.json", "stage.json", "metrics.jsonl"
 HUB = "hub.json"  # in a folder that was downloaded from a hub: which repository, and which commit of it (tools/hub.py)
-SAVES, LOCK = "saves", ".lock"  # only in an unfinished stage: saves.py, lock.py
+SAVES, LOCK, TRACKER = "saves", ".lock", ".tracker"  # only in an unfinished stage: saves.py, lock.py, trackers.py
 # Flags that change a stage's result by rounding at most.
 ROUNDING_ONLY = {"out", "overwrite", "threads", "save_every", "plan", "microbatch"}
-ROUNDING_ONLY |= {"shard", "recompute", "compile", "device", "deterministic"}
+ROUNDING_ONLY |= {"shard", "recompute", "compile", "device", "deterministic", "log"}
 Hashes = dict[str, str]
 """File -> its SHA-256."""
 
@@ -24,7 +24,7 @@ def hash_tree(path: Path) -> Hashes:
     """SHA-256 of a file, or of every file in a folder except the logs and the manifest itself."""
     if path.is_file():
         return {path.name: sha256(path)}
-    files = (p for p in path.rglob("*") if p.is_file() and p.name not in (MANIFEST, METRICS, LOCK))
+    files = (p for p in path.rglob("*") if p.is_file() and p.name not in (MANIFEST, METRICS, LOCK, TRACKER))
     names = sorted((p.relative_to(path), p) for p in files)
     return {str(name): sha256(p) for name, p in names if name.parts[0] != SAVES and not p.name.endswith(".partial")}
 

@@ -65,6 +65,29 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), "|" + "|".join("-" * (w + 2) for w in widths) + "|", *map(line, grid[1:])])
 
 
+def fitting_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = 100) -> str:
+    """The same in several blocks of columns where it would be wider than `width`; each begins with the first column.
+
+    Names in the first column that are longer than a third of the width lose their middle.
+    """
+    most = width // 3
+    rows = [[_without_middle(row[0], most), *row[1:]] for row in rows]
+    widths = [max(len(row[i]) for row in [header, *rows]) + 3 for i in range(len(header))]
+    blocks: list[list[int]] = [[]]
+    for i in range(1, len(header)):
+        if blocks[-1] and 1 + widths[0] + sum(widths[j] for j in blocks[-1]) + widths[i] > width:
+            blocks.append([])
+        blocks[-1].append(i)
+    return "\n\n".join(
+        table([header[j] for j in (0, *block)], [[row[j] for j in (0, *block)] for row in rows]) for block in blocks
+    )
+
+
+def _without_middle(text: str, most: int) -> str:
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[: most - 3 - half]}...{text[-half:]}"
+
+
 def counts_text(counts: Mapping[str, int]) -> str:
     """Counts of rows by what became of them, as text: "133 kept; 5 left out of each epoch: no full batch"."""
     kept_first = sorted(counts, key=lambda name: name != "kept")

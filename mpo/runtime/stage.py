@@ -6,6 +6,7 @@ others, or an unfinished one whose saves were, is discarded only with --overwrit
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -29,6 +30,7 @@ from mpo.runtime.manifest import (
     MANIFEST,
     METRICS,
     SAVES,
+    TRACKER,
     Hashes,
     Recipe,
     changed_files,
@@ -38,6 +40,7 @@ from mpo.runtime.manifest import (
     read_manifest,
     recorded,
 )
+from mpo.runtime.trackers import Tracker
 
 PACKAGES = ("torch", "numpy", "sentencepiece", "safetensors", "tqdm")
 ABOUT = "about.json"  # in a save: what it holds, and what it was made from (saves.py)
@@ -85,6 +88,7 @@ class Stage:
         self.config, self.inputs = config, dict(inputs)
         self.started, self.earlier = time.time(), 0.0  # earlier: seconds spent before an interruption
         self.lock: Lock | None = None  # only the main process holds it
+        self.tracker: Tracker | None = None  # with --log, from the first step on
         self.input_hashes = distributed.from_main(lambda: self._open(overwrite))
 
     @property
@@ -154,6 +158,7 @@ class Stage:
     def _discard(self, outputs: Hashes) -> None:
         """Remove saves, and the files that a finished stage has written, so that no old file is among the new ones."""
         self.manifest.unlink(missing_ok=True)
+        (self.out / TRACKER).unlink(missing_ok=True)
         shutil.rmtree(self.out / SAVES, ignore_errors=True)
         for name in outputs.keys() - {FLAGS}:  # without stage.json the folder would not be ours
             path = self.out / name
@@ -201,7 +206,7 @@ class Stage:
         return self.earlier + time.time() - self.started
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append the metrics of one step to metrics.jsonl."""
+        """Append the metrics of one step to metrics.jsonl and, with --log, send them to a tracker."""
         if not distributed.is_main():
             return
         line = json.dumps({"step": step, **finite({k: round(float(v), 6) for k, v in metrics.items()})}) + "\n"
@@ -210,6 +215,10 @@ class Stage:
                 f.write(line)
         except OSError as e:
             raise RunError(f"{self.out / 'metrics.jsonl'}: cannot be written ({e.strerror})") from None
+        if (name := getattr(self.config, "log", "none")) != "none":
+            recipe = hashlib.sha256(json.dumps(asdict(self.recipe), sort_keys=True).encode()).hexdigest()
+            self.tracker = self.tracker or Tracker(name, self.out, asdict(self.config), recipe)
+            self.tracker.log(step, metrics)
 
     def _about_input(self, name: str, path: str) -> dict[str, Any]:
         """What the manifest says of an input; of one from a hub, also the commit that was downloaded."""
@@ -239,5 +248,8 @@ class Stage:
             },
         )
         shutil.rmtree(self.out / SAVES, ignore_errors=True)
+        (self.out / TRACKER).unlink(missing_ok=True)
+        if self.tracker:
+            self.tracker.close()
         if self.lock:
             self.lock.release()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo import config
+from mpo.runtime import trackers
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.flags import parse
@@ -61,6 +62,7 @@ def main(argv: list[str]) -> None:
         setup_torch(values)  # refuses a device or kernels that are not here
         if check := getattr(importlib.import_module(Path(script).stem), "check", None):
             check(values)
+        trackers.check(getattr(values, "log", "none"))
         if differences := other_flags(values):
             otherwise.append((script, values.out, differences))
     if otherwise:

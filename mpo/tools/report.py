@@ -18,7 +18,7 @@ from mpo.runtime.entry import one_argument, run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json, write_text
 from mpo.runtime.manifest import MANIFEST, is_stage, read_manifest
-from mpo.runtime.output import interval, percent, table
+from mpo.runtime.output import fitting_table, interval, percent, table
 
 NAMES = {"sft": "SFT", "dpo": "DPO", "mpo": "MPO", "ppo": "PPO", "chosen": "data set's chosen"}
 
@@ -39,24 +39,28 @@ def write_responses(path: Path, responses: Sequence[Mapping[str, Any]]) -> None:
     write_text(path, "".join(line + "\n" for line in lines))
 
 
+def judge_of(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """What decides who wins: the gold reward where it is known, else the reward model's."""
+    return "gold" if "gold" in next(iter(results.values())) else "reward"
+
+
 def result_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each policy: gold reward where it is known, RM reward, win rates, KL, length and variety."""
-    with_gold = "gold" in next(iter(results.values()))
-    judge = "gold" if with_gold else "reward"
-    header = ["policy", *(["gold reward", "of best"] if with_gold else []), "RM reward"]
-    header += [f"win vs SFT % ({judge})", "at equal length, %", f"win vs chosen % ({judge})"]
-    header += ["KL to SFT", "words", "EOS %", "distinct-1/2"]
+    """A row for each policy: gold reward where it is known, RM reward, KL, win rates, length and variety."""
+    judge = judge_of(results)
+    with_gold = judge == "gold"
+    header = ["policy", *(["gold reward", "of best"] if with_gold else []), "RM reward", "KL to SFT"]
+    header += ["win vs SFT %", "equal length %", "win vs chosen %", "words", "EOS %", "distinct"]
     rows = []
     for name, r in results.items():
         row = [NAMES.get(name, name)]
         if with_gold:
             share = r["share_of_best"]
             row += [interval(r["gold"]), f"{100 * share:.0f} %" if share >= 0 else "-"]
-        row += [interval(r["reward"]), percent(r[f"{judge}_win_sft"])]
-        row += [f"{100 * r[f'{judge}_win_sft_length_controlled']:.0f}", percent(r[f"{judge}_win_chosen"])]
-        row += [f"{r['kl'][0]:.1f}" if "kl" in r else "-", f"{r['words']:.0f}", f"{100 * r['eos_rate']:.0f}"]
+        row += [interval(r["reward"]), f"{r['kl'][0]:.1f}" if "kl" in r else "-"]
+        row += [percent(r[f"{judge}_win_sft"]), f"{100 * r[f'{judge}_win_sft_length_controlled']:.0f}"]
+        row += [percent(r[f"{judge}_win_chosen"]), f"{r['words']:.0f}", f"{100 * r['eos_rate']:.0f}"]
         rows.append([*row, f"{r['distinct_1']:.2f}/{r['distinct_2']:.2f}"])
-    return table(header, rows)
+    return fitting_table(header, rows)
 
 
 def kinds_table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -73,9 +77,9 @@ def kinds_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     header = [
         "policy",
         *(k.replace("/", ": ") for k in kinds),
-        *(["refusals of benign prompts"] if refusals else []),
+        *(["benign refused"] if refusals else []),
     ]
-    return table(header, rows)
+    return fitting_table(header, rows)
 
 
 def bars(histogram: Sequence[Sequence[float]], width: int = 48) -> str:
@@ -123,7 +127,7 @@ def probe_table(probe: Sequence[Mapping[str, Any]]) -> str:
     mistakes = list(dict.fromkeys(p["mistake"] for p in probe))
     share = {(p["kind"], p["mistake"]): p["right_above"] for p in probe}
     rows = [[m, *(f"{share[k, m]:.2f}" if (k, m) in share else "-" for k in kinds)] for m in mistakes]
-    return table(["mistake", *kinds], rows)
+    return fitting_table(["mistake", *kinds], rows)
 
 
 def split_text(gamma: float, sizes: Mapping[str, int], share_gap_in_0_1: float) -> str:
@@ -161,7 +165,11 @@ def make_report(
         f"temperature {config.temperature:g}, seed {config.seed}; 95 % bootstrap intervals over prompts.",
         about_rm(Path(config.rm)),
     ]
-    sections = [("Results", result_table(results)), ("By kind of prompt", kinds_table(results))]
+    judged = "gold reward" if judge_of(results) == "gold" else "the reward model"
+    sections = [
+        (f"Results (wins are judged by {judged})", result_table(results)),
+        ("By kind of prompt", kinds_table(results)),
+    ]
     if config.split:
         split = read_json(Path(config.split) / "manifest.json")["results"]
         facts.append(

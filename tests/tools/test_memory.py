@@ -167,7 +167,17 @@ def test_flags_that_save_memory_lower_the_total_of_the_plan():
 
 def sampling_of(c, batch, parts=4, **more):
     """A PPO stage's flags and load, with the bytes of a row's cache on a GPU and of the policy, in bf16."""
-    flags = {"out": "", "prompts": "", "model": "", "ref": "", "rm": "", "max_prompt": 20, "max_new": 12, "microbatch": 16, **more}
+    flags = {
+        "out": "",
+        "prompts": "",
+        "model": "",
+        "ref": "",
+        "rm": "",
+        "max_prompt": 20,
+        "max_new": 12,
+        "microbatch": 16,
+        **more,
+    }
     config = PPOConfig(**flags, batch=batch, shard=True, precision="bf16")
     store = Llama(c).bfloat16().kv_cache(1, 32, whole=False).store
     repeated = store[0].nbytes * c.num_attention_heads // c.num_key_value_heads  # of one layer, for all its queries
