@@ -111,7 +111,6 @@ def fill(made, rows: list, collate, **more):
         _log_every_n_steps=1,
         _log_peak_memory_stats=False,
         _gradient_accumulation_steps=1,
-        _clip_grad_norm=None,
         _steps_per_epoch=len(loader),
         _profiler=DummyProfiler(),
         profiler_profile_memory=False,
@@ -136,6 +135,7 @@ def dpo() -> None:
     ]
     ref = model(1).requires_grad_(False).eval()
     more = dict(_ref_model=ref, _loss_fn=DPOLoss(beta=w.BETA), world_size=1, rank=0, _is_rank_zero=True)
+    more["_clip_grad_norm"] = None  # the recipe clips sharded gradients alone
     fill(kind.__new__(kind), rows, padded_collate_dpo, **more)
 
 
@@ -145,7 +145,15 @@ def sft() -> None:
     rows = [sequence(row, "chosen") for row in w.pairs(w.PAIRS)]
     loss = CEWithChunkedOutputLoss()
     nothing = torch.full((w.PAIRS, 1), loss.ignore_index)
-    fill(kind.__new__(kind), rows, padded_collate_sft, _loss_fn=loss, _compile=False, ignore_labels_cache=nothing)
+    fill(
+        kind.__new__(kind),
+        rows,
+        padded_collate_sft,
+        _loss_fn=loss,
+        _compile=False,
+        ignore_labels_cache=nothing,
+        _clip_grad_norm=1.0,
+    )
 
 
 if __name__ == "__main__":
