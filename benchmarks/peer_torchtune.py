@@ -84,8 +84,8 @@ class Loader(StatefulDataLoader):
         self.loss = float(payload["loss"])
 
 
-def fill(made, rows: list, collate, **more):
-    """Give a recipe the attributes that its set-up would have made, and start training."""
+def train(kind: type, rows: list, collate, **more) -> None:
+    """Make a recipe of this kind, give it the attributes that its set-up would have made, and start training."""
     data = rows * 1000
     pad = dict(padding_idx=w.SHAPE["pad_token_id"], ignore_idx=CROSS_ENTROPY_IGNORE_IDX)
     loader = Loader(
@@ -99,6 +99,7 @@ def fill(made, rows: list, collate, **more):
     if chunks := getattr(more["_loss_fn"], "num_output_chunks", 0):
         policy.set_num_output_chunks(chunks)
     optimiser = torch.optim.AdamW(policy.parameters(), lr=w.LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    made = kind.__new__(kind)
     made.__dict__.update(
         _device=torch.device("cpu"),
         _model=policy,
@@ -128,15 +129,15 @@ def dpo() -> None:
     """The recipe full_dpo_distributed in one process, with nothing sharded."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     kind = recipe("full_dpo_distributed").FullDPORecipeDistributed
+    sides, fields = ("chosen", "rejected"), {"input_ids": "tokens", "labels": "labels"}
     rows = [
-        {f"{side}_{new}": sequence(row, side)[old] for side in ("chosen", "rejected") for new, old in names}
+        {f"{side}_{new}": sequence(row, side)[old] for side in sides for new, old in fields.items()}
         for row in w.pairs(w.PAIRS)
-        for names in [(("input_ids", "tokens"), ("labels", "labels"))]
     ]
     ref = model(1).requires_grad_(False).eval()
     more = dict(_ref_model=ref, _loss_fn=DPOLoss(beta=w.BETA), world_size=1, rank=0, _is_rank_zero=True)
     more["_clip_grad_norm"] = None  # the recipe clips sharded gradients alone
-    fill(kind.__new__(kind), rows, padded_collate_dpo, **more)
+    train(kind, rows, padded_collate_dpo, **more)
 
 
 def sft() -> None:
@@ -145,8 +146,8 @@ def sft() -> None:
     rows = [sequence(row, "chosen") for row in w.pairs(w.PAIRS)]
     loss = CEWithChunkedOutputLoss()
     nothing = torch.full((w.PAIRS, 1), loss.ignore_index)
-    fill(
-        kind.__new__(kind),
+    train(
+        kind,
         rows,
         padded_collate_sft,
         _loss_fn=loss,

@@ -167,13 +167,16 @@ def measure_missing(
 
     Each is written at once, so that a run that is stopped goes on with the next row. Yields each row with its name.
     """
+
+    def read() -> Row:
+        return read_json(out) if out.exists() else {}
+
     for name in names:
-        everything: Row = read_json(out) if out.exists() else {}
-        rows = everything.get(key, {})
-        if name not in rows or again:
-            rows[name] = measure(name)
-            write_json(out, everything | {key: rows})
-            yield name, rows[name]
+        if again or name not in read().get(key, {}):
+            row = measure(name)
+            everything = read()  # again, since another command may have written to it in the meantime
+            write_json(out, everything | {key: everything.get(key, {}) | {name: row}})
+            yield name, row
 
 
 def python_of(environment: str) -> str:
@@ -335,7 +338,7 @@ def main(config: BenchConfig) -> None:
             row = heads(h, size, config.repeats, threads)
             head_rows[row["name"]] = row
             print(row["name"] + ": " + ", ".join(f"{w} {1e3 * row[w]['seconds']:.0f} ms" for w in h.ways), flush=True)
-    kept = {k: v for k, v in before.items() if k not in (*about, "rows", "heads")}  # by others of benchmarks/
+    kept = {k: v for k, v in before.items() if k not in (*about, "rows", "heads")}
     if config.only in "profile":
         cases = ("dpo-best", "reward", "generate", "ppo-shared")
         kept |= {"profiles": {c: profile(c, threads) for c in cases}, "profile_machine": machine()}

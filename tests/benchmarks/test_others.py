@@ -161,6 +161,7 @@ def test_a_measurement_of_other_peers_goes_on_where_it_was_stopped_and_again_mea
 
     def measure(name, config):
         asked.append(name)
+        write_json(out, json.loads(out.read_text()) | {"meanwhile": len(asked)})  # as another command may
         if len(asked) == 2:
             raise KeyboardInterrupt
         return {run.OURS: {"times": 1.0}}
@@ -178,6 +179,7 @@ def test_a_measurement_of_other_peers_goes_on_where_it_was_stopped_and_again_mea
     assert asked[-len(only) :] == only
     bench = json.loads(out.read_text())
     assert bench["real"] == {"DPO": 1}
+    assert bench["meanwhile"] == len(asked)
     assert list(bench["others"]) == only
 
 
