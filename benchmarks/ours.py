@@ -21,7 +21,6 @@ from mpo.model.llama import (
     ScalarModel,
     ValueHead,
     configure_layers,
-    initialise,
     scalar_from,
 )
 from mpo.model.logprobs import response_logprobs
@@ -49,7 +48,7 @@ def place(made: Model) -> Model:
 def model(seed: int) -> Llama:
     """The workload's model with random weights."""
     llama = Llama(LlamaConfig(**w.SHAPE))
-    initialise(llama, torch.Generator().manual_seed(seed))
+    llama.load_state_dict({name: torch.from_numpy(value) for name, value in w.weights(seed).items()})
     return place(llama)
 
 
@@ -82,10 +81,12 @@ def sft() -> Callable[[], object]:
     policy = to_train(model(0))
     optimiser, rows = make_optimiser(policy, w.LR, 0.0), pairs()
 
-    def step() -> None:
+    def step() -> float:
         batch = make_batch([(p.prompt, p.chosen) for p in rows])
-        (-response_logprobs(policy, batch).logp.sum() / sum(len(p.chosen) for p in rows)).backward()
+        loss = -response_logprobs(policy, batch).logp.sum() / sum(len(p.chosen) for p in rows)
+        loss.backward()
         optimiser_step(optimiser, policy, w.LR, 1.0)
+        return loss.item()
 
     return step
 
@@ -93,15 +94,17 @@ def sft() -> Callable[[], object]:
 def dpo(cached: bool, policy: Llama | None = None) -> Callable[[], object]:
     """A DPO step. The reference's log-probs are computed once in advance (`cached`), or in every step."""
     policy = to_train(policy or model(0))
-    ref = policy if w.LORA else model(0)  # an untrained adapter changes nothing
+    ref = policy if w.LORA else model(1)  # an untrained adapter changes nothing
     optimiser, rows = make_optimiser(policy, w.LR, 0.0), pairs()
     cache = reference_logps(ref, rows, w.PAIRS)
 
-    def step() -> None:
+    def step() -> float:
         ref_logps = cache if cached else reference_logps(ref, rows, w.PAIRS)
         logps = pair_logps(policy, rows, ref_logps)
-        PREFERENCE_LOSSES["sigmoid"](logps, w.BETA).mean().backward()
+        loss = PREFERENCE_LOSSES["sigmoid"](logps, w.BETA).mean()
+        loss.backward()
         optimiser_step(optimiser, policy, w.LR, 1.0)
+        return loss.item()
 
     return step
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import BF16, OURS, PLAIN, REAL_WAYS, TRL, hold, python_of, write_page
+from benchmarks.run import BF16, OURS, PLAIN, REAL_WAYS, TRL, hold, measure_missing, python_of, write_page
 from experiments.grid import ROOT, commit, machine
 from mpo.config import Few, Size
 from mpo.runtime.cores import cores
 from mpo.runtime.entry import run_plain
-from mpo.runtime.files import read_json, write_json
+from mpo.runtime.files import read_json
 from mpo.runtime.flags import parse
 
 Row = dict[str, Any]
@@ -99,14 +99,9 @@ def measure(name: str, config: RealConfig) -> Row:
 def main(config: RealConfig) -> None:
     """Measure row by row, writing each to bench.json at once; then write the page."""
     out = Path(config.out)
-    for name in (n for n in names() if config.only in n):
-        everything: Row = read_json(out) if out.exists() else {}
-        rows = everything.get("real", {})
-        if name in rows and not config.again:
-            continue
-        rows[name] = measure(name, config)
-        print(name, {way: f"{rows[name][way]['seconds']:.2f} s" for way in REAL_WAYS if way in rows[name]}, flush=True)
-        write_json(out, everything | {"real": rows})
+    wanted = [name for name in names() if config.only in name]
+    for name, row in measure_missing(out, "real", wanted, lambda name: measure(name, config), config.again):
+        print(name, {way: f"{row[way]['seconds']:.2f} s" for way in REAL_WAYS if way in row}, flush=True)
     write_page(ROOT / config.page, read_json(out))
     print(f"written: {out}")
 

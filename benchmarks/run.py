@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,7 @@ HEADS = (
     Heads("policy, reference, KL, entropy", "-pair", PAIR),
 )
 OURS, BF16, PLAIN, TRL = REAL_WAYS = ("this project", "in bf16", "plain torch", "trl")  # of real.py
+CACHED, PEER = "reference cached", "peer"  # further ways of others.py, beside OURS
 THEIRS = ("trl", "cut-cross-entropy")  # ways that run in the peers' environment
 
 
@@ -133,25 +134,49 @@ def hold(
     """Let all commands take turns.
 
     Returns for each name {"seconds", "all", "step_mib"}: the median time, every time, and by how many MiB the peak of a
-    step exceeds what the process held once everything was loaded.
+    step exceeds what the process held once everything was loaded. Where a worker reports the loss of its steps, there
+    is "losses", too, with the turn that does not count.
     """
     workers: dict[str, Worker] = {}
     turns: dict[str, list[Row]] = {name: [] for name in commands}
+    scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # workers are killed, and leave their files
     try:
         for name, command in commands.items():
-            workers[name] = Worker(command, threads, environment)
+            workers[name] = Worker(command, threads, {"TMPDIR": scratch.name} | dict(environment or {}))
         for _ in range(repeats + 1):
             for name, worker in workers.items():
                 turns[name].append(worker.turn())
     finally:
         for worker in workers.values():
             worker.stop()
+        scratch.cleanup()
     results = {}
     for name, worker in workers.items():
         times = [turn["seconds"] for turn in turns[name][1:]]
         step_mib = turns[name][-1]["peak_mib"] - worker.loaded_mib
         results[name] = {"seconds": statistics.median(times), "all": times, "step_mib": step_mib}
+        if losses := [turn["loss"] for turn in turns[name] if "loss" in turn]:
+            results[name]["losses"] = losses
     return results
+
+
+def measure_missing(
+    out: Path, key: str, names: Iterable[str], measure: Callable[[str], Row], again: bool
+) -> Iterator[tuple[str, Row]]:
+    """Measure those of the named rows that `out` does not have under this key or, with `again`, all of them.
+
+    Each is written at once, so that a run that is stopped goes on with the next row. Yields each row with its name.
+    """
+
+    def read() -> Row:
+        return read_json(out) if out.exists() else {}
+
+    for name in names:
+        if again or name not in read().get(key, {}):
+            row = measure(name)
+            everything = read()  # again, since another command may have written to it in the meantime
+            write_json(out, everything | {key: everything.get(key, {}) | {name: row}})
+            yield name, row
 
 
 def python_of(environment: str) -> str:
@@ -240,6 +265,20 @@ def real_table(rows: Mapping[str, Row]) -> str:
     return "\n".join([*about, "", table(header, lines)])
 
 
+def others_table(rows: Mapping[str, Row]) -> str:
+    """Seconds and memory of each side of a step (others.py), and how many times as fast as the peer this project is."""
+    if not rows:
+        return "Not measured yet: python -m benchmarks.others"
+    header = ["what", "ours, s", "ours, cached, s", "peer, s", "times as fast", "cached, times as fast"]
+    lines = []
+    for name, row in rows.items():
+        seconds = [f"{row[way]['seconds']:.3f}" if way in row else "-" for way in (OURS, CACHED, PEER)]
+        times = [f"{row[way]['times']:.2f}" if way in row else "-" for way in (OURS, CACHED)]
+        lines.append([name, *seconds, *times, f"{row[OURS]['step_mib']:.0f} / {row[PEER]['step_mib']:.0f}"])
+    about = sorted({f"Machine: {row['machine']}. Commit: {row['commit']}." for row in rows.values()})
+    return "\n".join([*about, "", table([*header, "MiB of the step"], lines)])
+
+
 def profile(case: str, threads: int) -> Row:
     """The seconds that each compiled function takes of a step of this project (breakdown.py)."""
     command = [sys.executable, "-m", "benchmarks.breakdown", case, str(threads)]
@@ -271,6 +310,7 @@ def write_page(path: Path, bench: Mapping[str, Any]) -> None:
         "heads": second_table(bench["heads"]),
         "scaling": growth,
         "real": real_table(bench.get("real", {})),
+        "others": others_table(bench.get("others", {})),
         "profile": third_table(bench["profiles"]) if "profiles" in bench else "not measured yet",
         "profile_machine": bench.get("profile_machine", ""),
         "stages": bench.get("stages", {}).get("table", "not measured yet"),
@@ -298,7 +338,7 @@ def main(config: BenchConfig) -> None:
             row = heads(h, size, config.repeats, threads)
             head_rows[row["name"]] = row
             print(row["name"] + ": " + ", ".join(f"{w} {1e3 * row[w]['seconds']:.0f} ms" for w in h.ways), flush=True)
-    kept = {k: v for k, v in before.items() if k in ("scaling", "real", "stages", "profiles", "profile_machine")}
+    kept = {k: v for k, v in before.items() if k not in (*about, "rows", "heads")}
     if config.only in "profile":
         cases = ("dpo-best", "reward", "generate", "ppo-shared")
         kept |= {"profiles": {c: profile(c, threads) for c in cases}, "profile_machine": machine()}

@@ -1,8 +1,8 @@
 """A worker of the benchmark: it does one step each time it is told to, and reports how long that took.
 
 The protocol consists of lines. The worker prints {"ready": true, "mib": ...} once it has loaded everything. For each
-line that it reads, it does one step and prints {"seconds": ..., "peak_mib": ...}. So run.py can let several workers
-take turns on one machine.
+line that it reads, it does one step and prints {"seconds": ..., "peak_mib": ...} and, in some cases, {"loss": ...}. So
+run.py can let several workers take turns on one machine.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def report(began: float, **more: float) -> None:
 
 
 def serve(step: Callable[[], object]) -> None:
-    """Do one step each turn until no turn follows."""
+    """Do one step each turn until no turn follows. A number that the step returns is reported as its loss."""
     ready()
     while True:
         began = wait()
-        step()
-        report(began)
+        result = step()
+        report(began, **({"loss": result} if isinstance(result, float) else {}))
 
 
 def _gpu() -> Any:

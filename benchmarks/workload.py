@@ -69,6 +69,26 @@ def pairs(count: int) -> list[dict[str, list[int]]]:
     return [{"prompt": p, "chosen": c + eos, "rejected": r + eos} for p, c, r in rows]
 
 
+def weights(seed: int) -> dict[str, Any]:
+    """Random weights of the workload's model: Hugging Face's name -> fp32 numpy array. Every side can load them."""
+    draw, d = np.random.default_rng(seed), SHAPE["hidden_size"]
+    q, kv = (SHAPE[f"num_{kind}_heads"] * SHAPE["head_dim"] for kind in ("attention", "key_value"))
+    ffn, vocabulary = SHAPE["intermediate_size"], SHAPE["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, d), "model.norm.weight": (d,)}
+    if not SHAPE["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (vocabulary, d)
+    attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
+    mlp = {"gate_proj": (ffn, d), "up_proj": (ffn, d), "down_proj": (d, ffn)}
+    for i in range(SHAPE["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        shapes |= {f"{at}{norm}.weight": (d,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        shapes |= {f"{at}self_attn.{name}.weight": shape for name, shape in attention.items()}
+        shapes |= {f"{at}mlp.{name}.weight": shape for name, shape in mlp.items()}
+    values = {name: draw.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    values = {name: 1 + 0.1 * x if x.ndim == 1 else 0.02 * x for name, x in values.items()}  # norms are about 1
+    return values if "lm_head.weight" in values else values | {"lm_head.weight": values["model.embed_tokens.weight"]}
+
+
 def flops(case: str) -> float:
     """The multiplications and additions in the matrix products and the attention of one step of a case in ours.py.
 

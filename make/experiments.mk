@@ -15,10 +15,11 @@ claims: .venv/.figures
 	@$(PY) -m experiments.claims $(if $(REDUCED),--reduced true) $(CLAIMS_FLAGS)
 
 bench_takes := BENCH_FLAGS
-bench: .venv/.figures .peers/now/.done .peers/ppo/.done
+bench: .venv/.figures .peers/now/.done .peers/ppo/.done .peers/torchtune/.done .peers/llamafactory/.done
 	@$(PY) -m benchmarks.run $(BENCH_FLAGS)
 	@$(PY) -m benchmarks.scaling --again true
 	@$(PY) -m benchmarks.real --again true
+	@$(PY) -m benchmarks.others --again true
 
 # All that has to be known of a GPU, in 8 minutes at most (docs/hardware.md); REHEARSE=1: the same on the CPU
 gpu-check_takes := REHEARSE GPU_FLAGS
@@ -35,4 +36,20 @@ gpu-check: .venv/.gpu .venv/.ready
 .peers/ppo/.done: make/experiments.mk
 	$(PYTHON) -m venv .peers/ppo
 	.peers/ppo/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 trl==0.23.1 transformers==4.57.1
+	@touch $@
+
+# torchao is what torchtune imports without asking for it; this is the version of torchtune's own time.
+.peers/torchtune/.done: make/experiments.mk
+	$(PYTHON) -m venv .peers/torchtune
+	.peers/torchtune/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 torchtune==0.6.1 torchao==0.9.0
+	@touch $@
+
+# LLaMA-Factory asks for torchaudio, whose builds need CUDA, and for torchvision, a web page and more that its training
+# does not use. So it is installed without what it asks for, and what its training imports is named here.
+.peers/llamafactory/.done: make/experiments.mk
+	$(PYTHON) -m venv .peers/llamafactory
+	.peers/llamafactory/bin/pip --disable-pip-version-check install --quiet torch==2.13.0 transformers==5.6.0 \
+	    trl==0.24.0 peft==0.18.1 accelerate==1.11.0 datasets==4.0.0 torchdata==0.11.0 omegaconf matplotlib einops scipy \
+	    sentencepiece tiktoken fire uvicorn fastapi sse-starlette 'tyro<0.9.0'
+	.peers/llamafactory/bin/pip --disable-pip-version-check install --quiet --no-deps llamafactory==0.9.5
 	@touch $@

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import others
+from benchmarks.run import CONTESTS
 from mpo.runtime.flags import parse
 from mpo.tools.check import CONFIGS
 from tests.support.scripts import ROOT
@@ -467,3 +469,15 @@ def test_make_report_does_without_figures_where_matplotlib_cannot_be_installed(t
     done = make("-o", ".venv/.runtime", "report", "RUN=runs/x", f"PIP={pip}", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "Installing matplotlib into .venv, for figures.\n-m mpo.tools.page runs/x\n"
+
+
+def test_make_bench_installs_every_environment_that_a_peer_needs_and_measures_every_table():
+    done = make("-nB", "bench", "PY=python3")
+    others_commands = [command for name in others.names() for command in others.commands(name).values()]
+    of_others = {Path(c[0]).parts[-3] for c in others_commands if ".peers" in c[0]}
+    assert of_others == {"torchtune", "llamafactory"}
+    for environment in {c.environment for c in CONTESTS} | of_others:
+        assert f"venv .peers/{environment}\n" in done.stdout
+        assert f".peers/{environment}/bin/pip" in done.stdout
+    for module in ("run", "scaling --again", "real --again", "others --again"):
+        assert f"-m benchmarks.{module}" in done.stdout
