@@ -58,12 +58,12 @@ def write_pairs(folder: Path, case: str) -> None:
     """The workload's pairs as a data set of LLaMA-Factory. Its template "empty" adds nothing, so EOS is in the text."""
     sides = ("chosen", "rejected")
     rows = [{"prompt": text(r["prompt"])} | {s: f"{text(r[s][:-1])} </s>" for s in sides} for r in w.pairs(w.PAIRS)]
-    (folder / "pairs.json").write_text(json.dumps(rows * 200))
+    (folder / "pairs.json").write_text(json.dumps(rows * 200), encoding="utf-8")
     columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
     if case == "sft":
         columns = {"prompt": "prompt", "response": "chosen"}
     info = {"file_name": "pairs.json", "ranking": case == "dpo", "columns": columns}
-    (folder / "dataset_info.json").write_text(json.dumps({"pairs": info}))
+    (folder / "dataset_info.json").write_text(json.dumps({"pairs": info}), encoding="utf-8")
 
 
 def flags(case: str, folder: Path) -> dict:

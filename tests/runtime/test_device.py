@@ -149,7 +149,7 @@ def test_a_gpu_multiplies_fp32_matrices_in_fp32_whatever_was_set_before(one_gpu)
 
 
 def test_the_memory_plan_on_a_gpu_counts_what_torchs_own_layers_keep(one_gpu, monkeypatch, hh_run, capsys):
-    config = DPOConfig(out="x", data="", model=str(hh_run / "sft"))
+    config = DPOConfig(out="x", data="", model=str(hh_run / "sft"), microbatch=32)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (2**20, 2**40))
     memory.show(config)
     said = capsys.readouterr().out

@@ -27,7 +27,8 @@ CONFIGS = [*STAGES, AblateConfig, ClaimsConfig, BenchConfig, ScalingConfig]
 INTERVALS = {
     "[0, oo)": "seed lora_rank microbatch train test limit critic_warmup samples weight_decay grad_clip save_every "
     "centring kl_coef missing_eos_penalty kl_target value_coef EvalConfig.temperature ChatConfig.temperature",
-    "[1, oo)": "max_prompt batch minibatch iterations max_new group prompts repeats PPOConfig.epochs",
+    "[1, oo)": "max_prompt batch minibatch iterations max_new group prompts repeats PPOConfig.epochs "
+    "ScoreConfig.microbatch",
     "[2, oo)": "max_response",  # at least one token and EOS
     "[268, oo)": "vocab",  # 256 bytes, 4 special tokens, 7 strings with a token each, and one piece that is learnt
     "[0, 1000]": "threads keep jobs",
