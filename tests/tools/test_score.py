@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 from collections import Counter
 
 import numpy as np
@@ -25,7 +24,8 @@ from mpo.tools import score
 from mpo.tools.score import SECTIONS, by_category, report_of
 from mpo.world.build import build
 from tests.conftest import small_model
-from tests.support.scripts import ROOT, run_script
+from tests.support.scripts import run_script
+from tests.test_make import make
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +253,7 @@ def test_ties_count_as_half_and_are_shown():
     ],
 )
 def test_make_names_a_folder_after_reward_model_and_file_and_takes_the_runs_own_without_them(words, rm, data, out):
-    done = subprocess.run(["make", "-n", "score", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = make("-n", "score", *words)
     *_, command = done.stdout.strip().splitlines()
     assert command.endswith(f"-m mpo.tools.score --out {out} --seed 1 --rm {rm} --data {data}")
 
