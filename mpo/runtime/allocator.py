@@ -47,7 +47,7 @@ def configure(frugal: bool) -> None:
 
     Either way, small blocks join their free neighbours at once. glibc would first put them into lists (fastbins), and
     a small object that takes one from there divides the hole beside it for as long as the object lives. Training of
-    adapters on `small` took 140 MB more with these lists, and was no faster.
+    adapters on `small` takes 140 MB more with these lists, and is no faster.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):

@@ -260,6 +260,18 @@ def test_gradients_and_all_activations_are_there_at_once_only_if_a_step_has_seve
     assert "activations" in held
 
 
+def test_half_of_the_gradients_or_of_the_activations_is_lost_to_holes_unless_freed_memory_goes_back():
+    c = small_config(num_hidden_layers=20)
+
+    def holes(cpu=True, **more):
+        config = SFTConfig(out="", data="", tokenizer="", microbatch=8, batch=8, **more)
+        return [line.bytes for line in lines(config, c, cpu=cpu) if line.what.startswith("holes")]
+
+    assert holes() == [2 * parameters(c)]  # gradients are the smaller ones; half of 4 bytes each
+    assert holes(lora_rank=2) == [2 * adapter_parameters(c, 2, ",".join(TARGETS))]
+    assert holes(recompute=True) == holes(cpu=False) == []
+
+
 def test_the_flag_plan_prints_the_plan_and_writes_nothing(hh_run, tmp_path):
     flags = ("--data", hh_run / "split" / "pairs.jsonl", "--model", hh_run / "sft", "--out", tmp_path / "out")
     done = run_script("train_dpo.py", *flags, "--plan", "true")
