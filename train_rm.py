@@ -40,7 +40,7 @@ def normalise(rm: ScalarModel, pairs: list[Pair], batch: int) -> tuple[float, fl
     After that a gap, and the price of KL in PPO, do not depend on the scale of the raw scores. (2403.17031 shifts the
     scores; scaling them, too, is common.) A gap times the raw standard deviation is the log-odds of a label.
 
-    Returns the mean and the standard deviation of the raw scores.
+    Returns the mean and the standard deviation of the raw scores. Raises InputError where the latter is not above 0.
     """
     chosen = score_chosen(rm, pairs[:NORMALISE_ON], batch)
     mean, std = float(chosen.mean()), float(chosen.std())

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.run import CACHED, OURS, PEER, Row, hold, measure_missing, python_of, write_page
+from benchmarks.run import CACHED, OURS, PEER, Row, RowsConfig, hold, measure_missing, python_of, write_page
 from experiments.grid import ROOT, commit, machine
-from mpo.config import Few, Size
 from mpo.runtime.cores import cores
 from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
@@ -33,18 +31,6 @@ STAGES = {  # name -> the case of every side, and our other cases
     "DPO step": ("dpo", {CACHED: "dpo-best"}),
 }
 TOLERANCE = 1e-4  # by how much losses may differ, as a share of the loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class OthersConfig:
-    """Measure what is missing, and write the page."""
-
-    repeats: Size = 5  # turns that count; one more goes before them
-    threads: Few = 0  # threads of each process; 0: one per core
-    again: bool = False  # measure again what has been measured already
-    only: str = ""  # only the rows whose name contains this; the others are kept
-    out: str = "benchmarks/bench.json"  # where the numbers are kept
-    page: str = "docs/benchmarks.md"  # the table
 
 
 def names() -> list[str]:
@@ -71,7 +57,7 @@ def check_losses(name: str, rows: Mapping[str, Row]) -> None:
                 raise InputError(f"{name}: after {step} steps the loss is {loss} ({way}) and {ours} (ours)")
 
 
-def measure(name: str, config: OthersConfig) -> Row:
+def measure(name: str, config: RowsConfig) -> Row:
     """Measure one row: seconds and MiB of a step of each side, and how many times as fast as the peer we are."""
     rows = hold(commands(name), config.repeats, config.threads or cores())
     check_losses(name, rows)
@@ -80,7 +66,7 @@ def measure(name: str, config: OthersConfig) -> Row:
     return sides | {"machine": machine(), "commit": commit()}
 
 
-def main(config: OthersConfig) -> None:
+def main(config: RowsConfig) -> None:
     """Measure row by row; then write the page."""
     out = Path(config.out)
     wanted = [name for name in names() if config.only in name]
@@ -91,4 +77,4 @@ def main(config: OthersConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_plain(lambda argv: main(parse(OthersConfig, argv)))
+    run_plain(lambda argv: main(parse(RowsConfig, argv)))

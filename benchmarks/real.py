@@ -10,13 +10,11 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.run import BF16, OURS, PLAIN, REAL_WAYS, TRL, hold, measure_missing, python_of, write_page
+from benchmarks.run import BF16, OURS, PLAIN, REAL_WAYS, TRL, RowsConfig, hold, measure_missing, python_of, write_page
 from experiments.grid import ROOT, commit, machine
-from mpo.config import Few, Size
 from mpo.runtime.cores import cores
 from mpo.runtime.entry import run_plain
 from mpo.runtime.files import read_json
@@ -45,18 +43,6 @@ STAGES = {  # name -> the case of ours.py, the case of peers.py, its environment
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class RealConfig:
-    """Measure what is missing, and write the page."""
-
-    repeats: Size = 3  # turns that count; one more goes before them
-    threads: Few = 0  # threads of each process; 0: one per core
-    again: bool = False  # measure again what has been measured already
-    only: str = ""  # only the rows whose name contains this; the others are kept
-    out: str = "benchmarks/bench.json"  # where the numbers are kept
-    page: str = "docs/benchmarks.md"  # the table
-
-
 def names() -> list[str]:
     """The rows. Adapters are merged before a model generates, so generation has no row of its own with them."""
     return [f"{stage}, all weights" for stage in STAGES] + [
@@ -78,7 +64,7 @@ def commands(name: str) -> dict[str, list[str]]:
     return ways
 
 
-def measure(name: str, config: RealConfig) -> Row:
+def measure(name: str, config: RowsConfig) -> Row:
     """Measure one row: seconds and MiB of a step, and how many times as fast as each other way this project is.
 
     This project takes turns with one other way at a time, since a machine may not have memory for more.
@@ -96,7 +82,7 @@ def measure(name: str, config: RealConfig) -> Row:
     return results | {"machine": machine(), "commit": commit()}
 
 
-def main(config: RealConfig) -> None:
+def main(config: RowsConfig) -> None:
     """Measure row by row, writing each to bench.json at once; then write the page."""
     out = Path(config.out)
     wanted = [name for name in names() if config.only in name]
@@ -107,4 +93,4 @@ def main(config: RealConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_plain(lambda argv: main(parse(RealConfig, argv)))
+    run_plain(lambda argv: main(parse(RowsConfig, argv)))

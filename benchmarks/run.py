@@ -87,6 +87,18 @@ class BenchConfig:
     page: str = "docs/benchmarks.md"  # the tables
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowsConfig:
+    """Measure the rows that are missing, and write the page."""
+
+    repeats: Size = 3  # turns that count; one more goes before them
+    threads: Few = 0  # threads of each process; 0: one per core
+    again: bool = False  # measure again what has been measured already
+    only: str = ""  # only the rows whose name contains this; the others are kept
+    out: str = "benchmarks/bench.json"  # where the numbers are kept
+    page: str = "docs/benchmarks.md"  # the table
+
+
 class Worker:
     """A process that does one step each turn (turns.py)."""
 

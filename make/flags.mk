@@ -62,7 +62,7 @@ space := $(subst x,,x x)
 # MODEL=ORG/NAME or DATA=ORG/NAME (with @REVISION, if one is wanted), where there is no such folder: downloaded from the hub into
 # models/ORG/NAME or data/ORG/NAME (make/runs.mk). From here on, the variable is that folder.
 on_hub = $(if $(wildcard $(subst $(space),\ ,$(1))),,$(shell printf '%s\n' $(call quote,$(1)) | \
-         LC_ALL=C grep -vE '^(data|models|runs)/' | LC_ALL=C grep -xE '[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+(@[A-Za-z0-9_.-]+)?'))
+         LC_ALL=C grep -vE '^(data|models|runs)/|\.(jsonl|json|csv|parquet|gz)$$' | LC_ALL=C grep -xE '[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_.-]+(@[A-Za-z0-9_.-]+)?'))
 model_on_hub := $(call on_hub,$(MODEL))
 data_on_hub  := $(call on_hub,$(DATA))
 ifneq ($(model_on_hub),)

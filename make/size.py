@@ -17,7 +17,7 @@ CLASSES = {"toy": 30e6, "small": 0.7e9, "medium": 5e9, "large": math.inf}
 def parameters(folder: Path) -> int:
     """The number of parameters in a folder's safetensors files."""
     total = 0
-    for path in folder.glob("*.safetensors"):
+    for path in folder.glob("model*.safetensors"):  # some folders have the same weights again, under other names
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, LONGEST)))

@@ -28,14 +28,7 @@ def hold_out(source: str, rows: Sequence[Row], share: float, seed: int) -> dict[
             f"{source}: {len(rows)} row{'s'[: len(rows) > 1]} with a single prompt cannot be divided into training and "
             f"test rows; name a file of test rows with --test_data"
         )
-    order = torch.randperm(len(prompts), generator=generator(seed, "held out")).tolist()
-    groups = [list(prompts.values())[i] for i in order]
-    sizes, before, places = Counter(row.domain for row in rows), Counter[str](), list[float]()
-    for group in groups:  # the place of a prompt in its domain, from 0 to 1: those near 0 are held out
-        domain = rows[group[0]].domain
-        places.append((before[domain] + len(group) / 2) / sizes[domain])
-        before[domain] += len(group)
-    in_turn: list[list[int]] = [groups[i] for i in sorted(range(len(groups)), key=lambda i: places[i])]
+    in_turn = _in_turn(rows, list(prompts.values()), seed, "held out")
     most, test = max(1, round(share * len(rows))), set[int]()
     for group in in_turn:
         if len(test) + len(group) <= min(most, len(rows) - 1):
@@ -55,13 +48,22 @@ def sample(rows: Sequence[Row], most: int, seed: int, purpose: str) -> list[Row]
     """
     if not most or len(rows) <= most:
         return list(rows)
-    order = torch.randperm(len(rows), generator=generator(seed, purpose)).tolist()
+    in_turn = _in_turn(rows, [[i] for i in range(len(rows))], seed, purpose)
+    return [rows[i] for (i,) in sorted(in_turn[:most])]
+
+
+def _in_turn(rows: Sequence[Row], groups: Sequence[list[int]], seed: int, purpose: str) -> list[list[int]]:
+    """Groups of rows in an order by chance in which the first ones have about the same share of each domain's rows.
+
+    All rows of a group have the domain of its first row.
+    """
+    order = torch.randperm(len(groups), generator=generator(seed, purpose)).tolist()
     sizes, before, places = Counter(row.domain for row in rows), Counter[str](), dict[int, float]()
-    for i in order:  # the place of a row in its domain, from 0 to 1: those near 0 are chosen
-        domain = rows[i].domain
-        places[i] = (before[domain] + 0.5) / sizes[domain]
-        before[domain] += 1
-    return [rows[i] for i in sorted(sorted(order, key=lambda i: places[i])[:most])]
+    for i in order:  # the place of a group in its domain, from 0 to 1
+        domain = rows[groups[i][0]].domain
+        places[i] = (before[domain] + len(groups[i]) / 2) / sizes[domain]
+        before[domain] += len(groups[i])
+    return [groups[i] for i in sorted(order, key=lambda i: places[i])]
 
 
 def without_overlap(splits: dict[str, list[Row]], dropped: Counter[str]) -> dict[str, list[Row]]:

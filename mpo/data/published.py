@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from mpo.data.files import read_objects
+from mpo.data.files import one_of_each, read_objects
 from mpo.data.formats import read_files, recognised
 from mpo.data.rows import Item, Row
 from mpo.runtime.errors import InputError
@@ -19,8 +19,6 @@ from mpo.runtime.manifest import HUB
 TRAIN, TEST = ("train", "training"), ("test", "validation", "valid", "dev", "eval")
 SUFFIX = re.compile(r"\.(jsonl|json|csv|parquet)(\.gz)?$")
 SHARD = re.compile(r"[-_.]\d+(-of-\d+)?$")  # the number of one file of several
-
-
 OFFICIAL = {  # task -> files of its official layout (hh.py, tldr.py), and the format of their rows
     "hh": (("*/train.jsonl*", "*/test.jsonl*"), "HH pairs"),
     "tldr": (("comparisons/*.json*", "*.json*"), "TL;DR comparisons"),
@@ -65,7 +63,8 @@ def _word(name: str) -> str:
 def files_of(folder: Path) -> dict[str, list[Path]]:
     """{"train": files, "test": files}, or the former alone where no name says that it is a test split.
 
-    Raises InputError where no file can be read, or where it is not clear which ones are meant.
+    Raises InputError where no file can be read, where it is not clear which ones are meant, or where two files differ
+    in their suffixes alone.
     """
     groups: dict[str, list[Path]] = {}
     for path in (everything := data_files(folder)):
@@ -81,7 +80,8 @@ def files_of(folder: Path) -> dict[str, list[Path]]:
             f"{folder}: has no file that is named as a training split (train.jsonl, "
             f"data/train-00000-of-00002.parquet); name the file of the pairs, not the folder"
         )
-    return {"train": groups[train]} | ({"test": groups[test]} if test else {})
+    named = {"train": train} | ({"test": test} if test else {})
+    return {split: one_of_each(groups[name]) for split, name in named.items()}
 
 
 def _one(folder: Path, names: list[str], split: str) -> str | None:

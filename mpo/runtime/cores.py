@@ -5,12 +5,11 @@ A machine may have more cores than a job gets. Threads beyond the job's share wo
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from mpo.config import Range
+from mpo.runtime import cgroups
 from mpo.runtime.errors import InputError
 from mpo.runtime.flags import read_number
 from mpo.runtime.output import note
@@ -18,47 +17,15 @@ from mpo.runtime.output import note
 _told = set[str]()  # the values of OMP_NUM_THREADS about which a note was printed
 
 
-def cores(root: Path = Path("/")) -> int:
+def cores(root: Path = cgroups.ROOT) -> int:
     """The number of cores that this process may use, at least 1.
 
     These are the cores that it may run on (taskset and batch systems choose some), or fewer if its container has a
-    limit on CPU time: a limit of 2.5 cores counts as 2. `root` is the folder that holds proc/ and sys/.
+    limit on CPU time: a limit of 2.5 cores counts as 2. `root`: see cgroups.py.
     """
     on_linux = hasattr(os, "sched_getaffinity")
     allowed = len(os.sched_getaffinity(0)) if on_linux else os.cpu_count() or 1
-    return max(1, int(min([allowed, *_limits(root)])))
-
-
-def _limits(root: Path) -> Iterator[float]:
-    """The limits on CPU time, in cores, of this process's control groups (cgroups) and of all groups above them."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return
-    for line in filter(lambda line: line.count(":") >= 2, lines):
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":  # cgroups version 2 has one tree for all controllers
-            trees = ["", "unified"]
-        elif "cpu" in controllers.split(","):  # version 1 has a tree for each controller or for several
-            trees = ["cpu", controllers]
-        else:
-            continue
-        group = PurePosixPath(path.strip("/"))
-        for tree in trees:
-            yield from (_limit(root / "sys/fs/cgroup" / tree / part) for part in (group, *group.parents))
-
-
-def _limit(folder: Path) -> float:
-    """The limit of one group, in cores. Infinite if it has none, or if its files are not visible here."""
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text(encoding="ascii").split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{x}_us").read_text(encoding="ascii") for x in ("quota", "period"))
-        share = int(quota) / int(period)  # no limit: "max" in version 2, -1 in version 1
-    except (OSError, ValueError, ZeroDivisionError):
-        return math.inf
-    return share if share > 0 else math.inf
+    return max(1, int(min(allowed, cgroups.cpu_limit(root))))
 
 
 def threads_asked_for() -> int:

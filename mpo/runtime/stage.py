@@ -216,9 +216,12 @@ class Stage:
         except OSError as e:
             raise RunError(f"{self.out / 'metrics.jsonl'}: cannot be written ({e.strerror})") from None
         if (name := getattr(self.config, "log", "none")) != "none":
-            recipe = hashlib.sha256(json.dumps(asdict(self.recipe), sort_keys=True).encode()).hexdigest()
-            self.tracker = self.tracker or Tracker(name, self.out, asdict(self.config), recipe)
+            self.tracker = self.tracker or self._new_tracker(name)
             self.tracker.log(step, metrics)
+
+    def _new_tracker(self, name: str) -> Tracker:
+        recipe = hashlib.sha256(json.dumps(asdict(self.recipe), sort_keys=True).encode()).hexdigest()
+        return Tracker(name, self.out, asdict(self.config), recipe)
 
     def _about_input(self, name: str, path: str) -> dict[str, Any]:
         """What the manifest says of an input; of one from a hub, also the commit that was downloaded."""

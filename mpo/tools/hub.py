@@ -19,12 +19,15 @@ from mpo.runtime.files import read_json, write_json
 from mpo.runtime.manifest import HUB
 
 USAGE = "usage: python -m mpo.tools.hub model|dataset ORG/NAME[@REVISION]"
-ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w.-]+))?")
+# make/flags.mk has the same two patterns.
+PATH = re.compile(r"(data|models|runs)/.*|.*\.(jsonl|json|csv|parquet|gz)")  # of that form, but meant as a path
+PARTIAL = ".cache/huggingface"  # what huggingface_hub keeps in a folder that it downloads into
 FOLDERS = {"model": "models", "dataset": "data"}
 FILES = {  # what is downloaded, in the folders of a repository that `IGNORED` leaves
     "model": [
-        "*.safetensors",
-        "*.safetensors.index.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
         "*config.json",
         "tokenizer*",
         "special_tokens_map.json",
@@ -57,7 +60,7 @@ def folder_of(kind: str, name: str) -> Path:
 def advice(kind: str, name: str) -> str:
     """How to download what a flag names, for the message that there is no such folder; "" where no hub can have it."""
     command = f"{sys.executable} -m mpo.tools.hub {kind} {name}"
-    return f"; to download it from the hub: {command}" if ID.fullmatch(name) else ""
+    return f"; to download it from the hub: {command}" if ID.fullmatch(name) and not PATH.fullmatch(name) else ""
 
 
 def download(kind: str, name: str) -> Path:
@@ -76,6 +79,10 @@ def download(kind: str, name: str) -> Path:
     folder, (repository, revision) = folder_of(kind, name), match.groups()
     if (folder / HUB).is_file():
         return folder
+    if folder.exists() and any(folder.iterdir()) and not (folder / PARTIAL).is_dir():
+        raise InputError(
+            f"{folder}: holds files that were not downloaded here, which a download could replace; move it"
+        )
     hub = client()
     from huggingface_hub import errors
 

@@ -23,7 +23,7 @@ from mpo.model import lora
 from mpo.model.generate import PREFILL
 from mpo.model.hf_config import config_from_json
 from mpo.model.llama import PRESETS, Adapters, Llama, LlamaConfig, ScalarModel
-from mpo.runtime import allocator, device, distributed
+from mpo.runtime import allocator, cgroups, device, distributed
 from mpo.runtime.errors import InputError
 from mpo.runtime.stage import peak_memory_mb
 from mpo.training.optimisers import STACK, make_optimiser, optimiser_step
@@ -482,22 +482,27 @@ def program() -> float:
     return peak_memory_mb() * 2**20
 
 
+def memory_of_machine() -> float:
+    """Bytes of memory that the CPU's processes have together: the machine's, or less if their container has a limit."""
+    return min(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), cgroups.memory_limit())
+
+
 def available() -> float:
     """Bytes of memory that are free on this process's device."""
     if device.current().type == "cuda":
         return float(torch.cuda.mem_get_info(device.current())[0])
     try:
         meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-        return float(meminfo["MemAvailable"].split()[0]) * 1024
+        return min(float(meminfo["MemAvailable"].split()[0]) * 1024, memory_of_machine())
     except (OSError, KeyError, ValueError):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return memory_of_machine()
 
 
 def capacity_of_device() -> float:
     """Bytes of memory that this process's device has, or its share of them where several processes use the CPU."""
     if device.current().type == "cuda":
         return float(torch.cuda.get_device_properties(device.current()).total_memory)
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / distributed.local_world_size()
+    return memory_of_machine() / distributed.local_world_size()
 
 
 def longest_rows(config: Training | SplitConfig | ScoreConfig | EvalConfig) -> str:

@@ -24,7 +24,7 @@ from mpo.runtime.entry import one_argument, run_plain
 from mpo.runtime.files import read_json, write_text
 from mpo.runtime.output import interval, percent
 from mpo.tools import page_figures as figures
-from mpo.tools import report
+from mpo.tools import page_svg, report
 from mpo.tools.page_run import (
     StageFiles,
     finished_eval,
@@ -55,7 +55,7 @@ def figure(title: str, drawing: str, about: str = "") -> str:
     words = escape(f"{title}. {about}")
     return (
         f'<figure role="group" aria-label="{words}">\n<figcaption>{escape(title)}{small}</figcaption>\n'
-        f"{figures.with_variables(drawing, title)}\n</figure>"
+        f"{page_svg.with_variables(drawing, title)}\n</figure>"
     )
 
 
@@ -156,18 +156,18 @@ def result_section(stages: Sequence[StageFiles]) -> str:
     drawn = []
     for opponent, name in (("sft", first), ("chosen", figures.name_of("chosen"))):
         shown = len(results) - 1
-        drawing = figures.svg(figures.draw_win_rates(results, judge, opponent), figures.rows_height(shown))
+        drawing = page_svg.svg(figures.draw_win_rates(results, judge, opponent), figures.rows_height(shown))
         drawn.append(figure(f"Win rate against {name}", drawing, f"judged by {by}; a tie is half a win"))
     for kind, title in (("gold", "Gold reward against KL"), ("reward", "Reward model's score against KL")):
         if kind in next(iter(results.values())):
             about = "each policy on held-out prompts; dashed: the data set's chosen responses"
-            drawn.append(figure(title, figures.svg(figures.draw_policies(results, kind)), about))
+            drawn.append(figure(title, page_svg.svg(figures.draw_policies(results, kind)), about))
     words = {
         n: [int(r["words"]) for r in rows] for n, rows in read_responses(evaluation, list(results)).items() if rows
     }
     if words:
         about = "dot: median; band: middle half; line: from the 5th to the 95th percentile"
-        drawing = figures.svg(figures.draw_lengths(words), figures.rows_height(len(words)))
+        drawing = page_svg.svg(figures.draw_lengths(words), figures.rows_height(len(words)))
         drawn.append(figure("Lengths", drawing, about))
     note = (
         f"Wins are against {first} unless the column says otherwise, by {by}. KL is to {first}, in nats per response."
@@ -181,7 +181,7 @@ def ppo_section(stages: Sequence[StageFiles]) -> str:
     if not ppo:
         return ""
     about = "small dots: rollouts; line: their running mean, from the hollow to the filled dot"
-    drawing = figures.svg(figures.draw_reward_against_kl(ppo), 260)
+    drawing = page_svg.svg(figures.draw_reward_against_kl(ppo), 260)
     note = (
         "A policy that gains score while its KL stays small learns what the reward model rewards close to the "
         "reference. A score that goes on rising with the KL, while the gold reward or the win rate above does not, is "
@@ -212,7 +212,7 @@ def split_section(stages: Sequence[StageFiles]) -> str:
             continue
         r = stage.results
         by_gap = stage.flags.get("by", "gap") == "gap"
-        drawing = figures.svg(figures.draw_gaps(scores, float(r["gamma"]) if by_gap else None), 250)
+        drawing = page_svg.svg(figures.draw_gaps(scores, float(r["gamma"]) if by_gap else None), 250)
         text = report.split_text(r["gamma"], r["sizes"], r["share_gap_in_0_1"])
         more = "" if by_gap else " The split is by the gap over its uncertainty, so the parts overlap here."
         title = "Reward gaps of the training pairs"
@@ -358,9 +358,9 @@ def make_page(run: Path) -> str:
 def main(argv: list[str]) -> None:
     """Print the text report of the run folder argv[0], and write its page where matplotlib is installed."""
     run = Path(one_argument(argv, "python -m mpo.tools.page RUN"))
-    if not figures.available() or (run / "eval" / "report.txt").exists():
+    if not page_svg.available() or (run / "eval" / "report.txt").exists():
         report.main([str(run)])
-    if not figures.available():
+    if not page_svg.available():
         print(NEEDS.format(run=run, page=run / PAGE))
         return
     write_text(run / PAGE, make_page(run))

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import real, run, scaling, stages
 from benchmarks import workload as w
-from benchmarks.run import Worker
+from benchmarks.run import RowsConfig, Worker
 from mpo.runtime.files import write_json
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1} | {
@@ -68,7 +68,7 @@ def test_a_measurement_that_was_stopped_goes_on_with_the_rows_that_are_missing(t
 
     monkeypatch.setattr(real, "measure", measure)
     monkeypatch.setattr(real, "write_page", lambda path, bench: None)
-    config = real.RealConfig(out=str(tmp_path / "bench.json"), only="LoRA")
+    config = RowsConfig(out=str(tmp_path / "bench.json"), only="LoRA")
     with pytest.raises(KeyboardInterrupt):
         real.main(config)
     real.main(config)
@@ -87,7 +87,7 @@ def test_this_project_takes_turns_with_one_other_way_at_a_time_and_ratios_stay_w
         return {w: row | {"all": [row["seconds"]] * 3} for w, row in rows.items()}
 
     monkeypatch.setattr(real, "hold", hold)
-    row = real.measure("DPO, LoRA", real.RealConfig())
+    row = real.measure("DPO, LoRA", RowsConfig())
     assert held == [["this project", way] for way in ("in bf16", "plain torch", "trl")]
     assert [row[way].get("times") for way in ("in bf16", "plain torch", "trl", "this project")] == [3, 3, 3, None]
     assert row["this project"]["seconds"] == 1.0  # the median of all turns

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import others, run
 from benchmarks import workload as w
+from benchmarks.run import RowsConfig
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json
 
@@ -123,7 +124,7 @@ def test_a_peer_that_computes_something_else_is_not_compared(monkeypatch):
             others.check_losses("DPO step, torchtune", sides("DPO step, torchtune", changed))
     monkeypatch.setattr(others, "hold", lambda commands, repeats, threads: sides("DPO step, torchtune", 0.1))
     with pytest.raises(InputError):
-        others.measure("DPO step, torchtune", others.OthersConfig())
+        others.measure("DPO step, torchtune", RowsConfig())
 
 
 def test_a_row_has_this_project_with_the_reference_cached_only_where_there_is_a_reference(monkeypatch):
@@ -132,7 +133,7 @@ def test_a_row_has_this_project_with_the_reference_cached_only_where_there_is_a_
         ("SFT step, plain torch", {run.OURS, run.PEER}),
         ("DPO step, plain torch", {run.OURS, run.CACHED, run.PEER}),
     ):
-        row = others.measure(name, others.OthersConfig())
+        row = others.measure(name, RowsConfig())
         assert row.keys() == ways | {"machine", "commit"}
         assert [row[way].get("times") for way in (run.OURS, run.PEER)] == [3, None]
 
@@ -172,10 +173,10 @@ def test_a_measurement_of_other_peers_goes_on_where_it_was_stopped_and_again_mea
     write_json(out, {"real": {"DPO": 1}})
     only = [name for name in others.names() if "SFT" in name]
     with pytest.raises(KeyboardInterrupt):
-        others.main(others.OthersConfig(out=str(out), only="SFT"))
-    others.main(others.OthersConfig(out=str(out), only="SFT"))
+        others.main(RowsConfig(out=str(out), only="SFT"))
+    others.main(RowsConfig(out=str(out), only="SFT"))
     assert asked == [only[0], only[1], *only[1:]]
-    others.main(others.OthersConfig(out=str(out), only="SFT", again=True))
+    others.main(RowsConfig(out=str(out), only="SFT", again=True))
     assert asked[-len(only) :] == only
     bench = json.loads(out.read_text())
     assert bench["real"] == {"DPO": 1}

@@ -50,6 +50,7 @@ def test_names_say_which_files_belong_to_a_split(tmp_path, names, train, test):
         (["x.jsonl", "y.jsonl"], "no file that is named as a training split"),
         (["train.jsonl", "a/test.jsonl", "b/test.jsonl"], "has several test splits, a/test, b/test"),
         (["README.md"], "no file that is named as a training split"),
+        (["train.jsonl", "train.csv"], "two files of one split, whose rows would be read twice"),
     ],
 )
 def test_a_folder_that_leaves_it_open_is_refused(tmp_path, names, words):

@@ -1,7 +1,8 @@
-"""How many cores a process may use, and how many threads it starts."""
+"""How many cores and how much memory a process may use, and how many threads it starts."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from mpo.kernels import functions as kernels
 from mpo.runtime import cores as module
 from mpo.runtime import launch, setup
+from mpo.runtime.cgroups import memory_limit
 from mpo.runtime.cores import cores, threads, threads_asked_for
 from mpo.runtime.errors import InputError
 from tests.support.scripts import ROOT
@@ -67,6 +69,24 @@ V1 = "12:memory:/a\n3:cpu,cpuacct:/docker/abc\n1:name=systemd:/x\n"
 )
 def test_a_containers_limit_on_cpu_time_counts(eight, tmp_path, groups, files, expected):
     assert cores(system(tmp_path, groups, files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {"memory.max": "max\n"}, math.inf),
+        ("0::/\n", {"memory.max": "4294967296\n"}, 2**32),
+        ("0::/job/step\n", {"job/memory.max": "1000", "job/step/memory.max": "max"}, 1000),
+        ("0::/job\n", {"memory.max": "3000", "job/memory.max": "5000"}, 3000),
+        ("0::/job/step\n", {"other/memory.max": "1000"}, math.inf),  # a limit of somebody else
+        (V1, {"memory/a/memory.limit_in_bytes": "2000\n", "memory/memory.limit_in_bytes": "9000"}, 2000),
+        (V1, {"cpu/memory.limit_in_bytes": "2000\n"}, math.inf),
+        ("0::/\n", {"memory.max": "nonsense"}, math.inf),
+        ("no colons\n", {}, math.inf),
+    ],
+)
+def test_a_containers_limit_on_memory_is_the_lowest_of_its_groups(tmp_path, groups, files, expected):
+    assert memory_limit(system(tmp_path, groups, files)) == expected
 
 
 def test_without_control_groups_the_cores_count_on_which_the_process_may_run(eight, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mpo.runtime.files import read_json
+from mpo.tools.hub import advice
 from tests.support.scripts import ROOT
 
 pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
@@ -141,6 +142,36 @@ def test_what_the_hub_does_not_give_is_one_line(hub, tmp_path, name, words):
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
     assert words in done.stderr
     assert not (tmp_path / "models" / name / "hub.json").exists()
+
+
+def test_a_folder_of_ones_own_is_not_downloaded_into(hub, tmp_path):
+    own = tmp_path / "models" / "org" / "name" / "config.json"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    done = download(address_of(hub), tmp_path, "model", "org/name")
+    assert (done.returncode, own.read_text(), hub.asked) == (2, "mine", [])
+    assert "models/org/name: holds files that were not downloaded here" in done.stderr
+
+
+def test_a_download_that_was_broken_off_goes_on(hub, tmp_path):
+    folder = tmp_path / "models" / "org" / "name"
+    assert download(address_of(hub), tmp_path, "model", "org/name").returncode == 0
+    (folder / "hub.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    assert download(address_of(hub), tmp_path, "model", "org/name").returncode == 0
+    assert (folder / "tokenizer.json").read_bytes() == FILES["tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", ["org/name", "Org-1/na.me_2@v1", "a/b"])
+def test_a_name_that_a_hub_can_have_gets_advice(name):
+    assert advice("model", name).endswith(f"-m mpo.tools.hub model {name}")
+
+
+@pytest.mark.parametrize(
+    "name", ["data/hh", "runs/hh", "my/pairs.jsonl", "my/rows.json.gz", "/a/b", "a/b/c", "x", "../x"]
+)
+def test_a_name_that_means_a_path_gets_none(name):
+    assert advice("dataset", name) == ""
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path):

@@ -15,7 +15,7 @@ from mpo.kernels import functions as kernels
 from mpo.kernels.functions import Packing
 from mpo.model.llama import PRESETS, Adapters, Llama, ScalarModel, cast_weights
 from mpo.model.lora import TARGETS, attach
-from mpo.runtime import allocator
+from mpo.runtime import allocator, cgroups
 from mpo.tools import memory
 from mpo.tools.memory import (
     Load,
@@ -315,3 +315,10 @@ def test_a_microbatch_that_was_given_is_kept():
     config = SFTConfig(out="", data="", tokenizer="", batch=8, microbatch=2)
     assert memory.with_microbatch(config, small_config()) is config
     assert memory.with_microbatch(replace(config, microbatch=0), small_config()).microbatch == 8
+
+
+def test_the_limit_of_a_container_counts_as_the_memory_of_the_machine(monkeypatch):
+    whole = memory.memory_of_machine()
+    monkeypatch.setattr(cgroups, "memory_limit", lambda: whole / 4)
+    assert memory.memory_of_machine() == memory.capacity_of_device() == whole / 4
+    assert memory.available() <= whole / 4

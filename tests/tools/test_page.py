@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from mpo.runtime.errors import InputError
-from mpo.tools import page, page_figures
-from mpo.tools.page_figures import Label, column, smoothed, thinned
+from mpo.tools import page, page_figures, page_svg
+from mpo.tools.page_figures import column, smoothed, thinned
 from mpo.tools.page_run import read_run, warnings_of
+from mpo.tools.page_svg import Label
 
 pytest.importorskip("matplotlib")
 
@@ -147,7 +148,7 @@ def test_colours_come_from_the_page_in_light_and_dark(hh_page):
     drawings = "".join(re.findall(r"<svg.*?</svg>", hh_page, re.DOTALL))
     assert set(re.findall(r"(?:fill|stroke): ([^;\"()]*)", drawings)) == {"none", "var"}
     style = re.findall(r"<style>(.*?)</style>", hh_page, re.DOTALL)[0]
-    for name in page_figures.VARIABLES.values():
+    for name in page_svg.VARIABLES.values():
         assert len(re.findall(rf"--{name}: #\w{{6}};", style)) == 2, name  # light and dark
 
 
@@ -322,7 +323,7 @@ def test_without_matplotlib_there_is_the_text_report_and_a_line_on_how_to_get_th
     write_stage(tmp_path, "sft", "train_sft")
     write_eval(tmp_path, ["sft"], True)
     (tmp_path / "eval" / "report.txt").write_text("the text report\n")
-    monkeypatch.setattr(page_figures, "available", lambda: False)
+    monkeypatch.setattr(page_svg, "available", lambda: False)
     page.main([str(tmp_path)])
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first == "the text report"
@@ -369,10 +370,10 @@ def test_labels_of_lines_that_end_together_do_not_cover_each_other():
     def draw(axes: Any) -> None:
         axes.plot([0, 1], [0, 1])
         axes.set_xlim(0, 2)
-        page_figures.write_labels(axes, [Label(name, 1, 1.0, page_figures.INK) for name in ("one", "two", "three")])
+        page_svg.write_labels(axes, [Label(name, 1, 1.0, page_svg.INK) for name in ("one", "two", "three")])
 
-    drawing = page_figures.svg(draw)
+    drawing = page_svg.svg(draw)
     places = re.findall(r'x="([\d.]+)" y="([\d.]+)"[^>]*>(?:one|two|three)</text>', drawing)
     assert len(places) == 3
     for (x, y), (other_x, other_y) in itertools.combinations([(float(x), float(y)) for x, y in places], 2):
-        assert abs(y - other_y) >= page_figures.SIZE or abs(x - other_x) >= 5 * 0.5 * page_figures.SIZE
+        assert abs(y - other_y) >= page_svg.SIZE or abs(x - other_x) >= 5 * 0.5 * page_svg.SIZE

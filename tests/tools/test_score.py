@@ -24,8 +24,8 @@ from mpo.tools import score
 from mpo.tools.score import SECTIONS, by_category, report_of
 from mpo.world.build import build
 from tests.conftest import small_model
+from tests.support.makefile import make
 from tests.support.scripts import run_script
-from tests.test_make import make
 
 
 @pytest.fixture(scope="module")
