@@ -25,6 +25,7 @@ from mpo.data.tokenizer import shared_tokenizer
 from mpo.model.checkpoint import load_model
 from mpo.model.llama import Llama
 from mpo.runtime.entry import run
+from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json
 from mpo.runtime.output import interval, progress, table
 from mpo.runtime.seeding import generator
@@ -123,17 +124,16 @@ def probe(train: Tensor, test: Tensor, seed: int) -> dict[str, Any]:
 
 def main(config: ProbeConfig) -> None:
     """Compute hidden states; fit a probe on each layer; with the best one, fit it again on fewer rows."""
+    if Path(config.out).exists() and not config.overwrite:
+        raise InputError(f"--out {config.out}: is there already; name another file, or add --overwrite true")
     setup_torch(config)
     tokenizer = shared_tokenizer([("--model", config.model)])
     model = load_model(config.model)
     model.eval()
-    splits = {}
-    for split in ("train", "test"):
-        pairs, _ = encode(
-            read_rows(Path(config.data) / f"{split}.jsonl"), tokenizer, config.max_prompt, config.max_response
-        )
-        splits[split] = features(model, pairs, config.batch)
-    train, test = splits["train"], splits["test"]
+    train, test = (
+        features(model, encode(read_rows(file), tokenizer, config.max_prompt, config.max_response)[0], config.batch)
+        for file in (Path(config.data) / "train.jsonl", Path(config.data) / "test.jsonl")
+    )
     looked = sorted({*range(0, len(train), config.every), len(train) - 1})
     layers = {i: probe(train[i], test[i], config.seed) for i in progress(looked, "probes")}
     best = max(looked, key=lambda i: float(layers[i]["cross_validated"]))
