@@ -31,7 +31,8 @@ from mpo.runtime.entry import run_plain
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_between
 from mpo.runtime.seeding import generator
-from mpo.tools.memory import PROGRAM, lines, parameters, way_within
+from mpo.tools.memory import PROGRAM, lines, way_within
+from mpo.tools.memory_loads import parameters
 from mpo.world.build import build
 
 ROOT = Path(__file__).parent.parent

@@ -68,7 +68,7 @@ def test_without_that_line_the_plan_is_refused_in_one_line(script, hh_run, tmp_p
     flags = ("--data", hh_run / "data" / "test.jsonl", "--model", hh_run / "sft", "--out", tmp_path / "out")
     text = script.read_text()
     for old, new in (
-        ("memory.LOADS[PerplexityConfig] = load\n", ""),
+        ("memory_loads.LOADS[PerplexityConfig] = load\n", ""),
         ("run(main, PerplexityConfig, plan=memory.show)", "run(main, PerplexityConfig)"),
     ):
         text = text.replace(old, new)

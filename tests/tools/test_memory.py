@@ -17,15 +17,13 @@ from mpo.model.llama import PRESETS, Adapters, Llama, ScalarModel, cast_weights
 from mpo.model.lora import TARGETS, attach
 from mpo.runtime import allocator, cgroups
 from mpo.tools import memory
-from mpo.tools.memory import (
+from mpo.tools.memory import Way, choose_way, lines
+from mpo.tools.memory_loads import (
     Load,
-    Way,
     adafactor_state,
     adapted_inputs,
     adapter_parameters,
-    choose_way,
     layer_activations,
-    lines,
     load_of,
     parameters,
     plain_layer,
