@@ -262,6 +262,11 @@ def second_table(rows: Sequence[Row]) -> str:
     return table(["ms / MiB", *ALONE], lines)
 
 
+def origins(rows: Mapping[str, Row]) -> list[str]:
+    """A line for each machine and commit on which rows were measured."""
+    return sorted({f"Machine: {row['machine']}. Commit: {row['commit']}." for row in rows.values()})
+
+
 def real_table(rows: Mapping[str, Row]) -> str:
     """Steps a second of each way on a real model's shape (real.py), and how many times as fast this project is."""
     if not rows:
@@ -273,8 +278,7 @@ def real_table(rows: Mapping[str, Row]) -> str:
         times = [f"{row[way]['times']:.2f}" if way in row else "-" for way in (PLAIN, TRL)]
         memory = " / ".join(f"{row[way]['step_mib']:.0f}" if way in row else "-" for way in (OURS, PLAIN, TRL))
         lines.append([name, *rates, *times, memory])
-    about = sorted({f"Machine: {row['machine']}. Commit: {row['commit']}." for row in rows.values()})
-    return "\n".join([*about, "", table(header, lines)])
+    return "\n".join([*origins(rows), "", table(header, lines)])
 
 
 def others_table(rows: Mapping[str, Row]) -> str:
@@ -287,8 +291,7 @@ def others_table(rows: Mapping[str, Row]) -> str:
         seconds = [f"{row[way]['seconds']:.3f}" if way in row else "-" for way in (OURS, CACHED, PEER)]
         times = [f"{row[way]['times']:.2f}" if way in row else "-" for way in (OURS, CACHED)]
         lines.append([name, *seconds, *times, f"{row[OURS]['step_mib']:.0f} / {row[PEER]['step_mib']:.0f}"])
-    about = sorted({f"Machine: {row['machine']}. Commit: {row['commit']}." for row in rows.values()})
-    return "\n".join([*about, "", table([*header, "MiB of the step"], lines)])
+    return "\n".join([*origins(rows), "", table([*header, "MiB of the step"], lines)])
 
 
 def profile(case: str, threads: int) -> Row:
@@ -316,7 +319,7 @@ def write_page(path: Path, bench: Mapping[str, Any]) -> None:
         return
     scaling, growth = bench.get("scaling"), "Not measured yet: python -m benchmarks.scaling"
     if scaling:
-        growth = f"Machine: {scaling['machine']}. Commit: {scaling['commit']}.\n\n![{GROWTH}](figures/scaling.png)"
+        growth = "\n".join([*origins(scaling), "", f"![{GROWTH}](figures/scaling.png)"])
     more = {
         "table": first_table(bench["rows"], bench["peak"]),
         "heads": second_table(bench["heads"]),

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.run import hold, python_of, write_page
+from benchmarks.run import hold, measure_missing, python_of, write_page
 from experiments import figures
 from experiments.grid import ROOT, commit, machine
 from mpo.config import Few, Size
 from mpo.runtime.cores import cores
 from mpo.runtime.entry import run_plain
-from mpo.runtime.files import read_json, write_json
+from mpo.runtime.files import read_json
 from mpo.runtime.flags import parse
 
 AXES = {
@@ -63,7 +63,7 @@ def point(axis: str, value: int) -> dict[str, int]:
 def measure(sizes: dict[str, int], config: ScalingConfig) -> dict[str, Any]:
     """Measure one point. The ways take turns. Returns the median time of a step, in seconds, and its memory, in MiB."""
     groups = [{way: command} for way, command in WAYS.items()] if sizes["width"] >= ALONE else [WAYS]
-    results: dict[str, Any] = {"machine": machine()}
+    results: dict[str, Any] = {"machine": machine(), "commit": commit()}
     for group in groups:
         rows = hold(group, config.repeats, config.threads or cores(), {"MPO_BENCH": json.dumps(sizes)})
         results |= {way: {"seconds": row["seconds"], "step_mib": row["step_mib"]} for way, row in rows.items()}
@@ -85,19 +85,11 @@ def draw(points: dict[str, dict[str, Any]], path: Path) -> None:
 def main(config: ScalingConfig) -> None:
     """Measure point by point, writing each to bench.json at once; then draw the figure and write the page."""
     out = Path(config.out)
-    everything = read_json(out) if out.exists() else {}
-    kept = everything.get("scaling", {})
-    points = kept.get("points", {})
     wanted = {key(point(a, v)): point(a, v) for a, values in AXES.items() if config.only in ("", a) for v in values}
-    if config.again:
-        points = {name: row for name, row in points.items() if name not in wanted}
-    for name in [name for name in wanted if name not in points]:
-        points[name] = measure(wanted[name], config)
-        print(name, {way: f"{points[name][way]['seconds']:.2f} s" for way in WAYS}, flush=True)
-        machines = {row.get("machine", kept.get("machine", machine())) for row in points.values()}
-        about = {"machine": " and ".join(sorted(machines)), "commit": commit(), "points": points}
-        write_json(out, everything | {"scaling": about})
-    draw(points, ROOT / config.figure)
+    found = measure_missing(out, "scaling", wanted, lambda name: measure(wanted[name], config), config.again)
+    for name, row in found:
+        print(name, {way: f"{row[way]['seconds']:.2f} s" for way in WAYS}, flush=True)
+    draw(read_json(out)["scaling"], ROOT / config.figure)
     write_page(ROOT / "docs" / "benchmarks.md", read_json(out))
     print(f"written: {out}, {config.figure}")
 

@@ -97,13 +97,13 @@ def test_this_project_takes_turns_with_one_other_way_at_a_time_and_ratios_stay_w
 def test_only_one_size_of_the_growth_is_measured_on_request_and_other_points_are_kept(tmp_path, monkeypatch):
     asked, point = list[int](), {way: {"seconds": 1.0, "step_mib": 1.0} for way in scaling.WAYS}
     old = {scaling.key(scaling.point("pairs", 64)): point, scaling.key(scaling.point("width", 128)): point}
-    write_json(tmp_path / "bench.json", {"scaling": {"machine": "A", "commit": "C", "points": old}})
+    write_json(tmp_path / "bench.json", {"scaling": old})
     monkeypatch.setattr(scaling, "measure", lambda sizes, config: asked.append(sizes["width"]) or point)
     for name in ("draw", "write_page"):
         monkeypatch.setattr(scaling, name, lambda *rest: None)
     scaling.main(scaling.ScalingConfig(out=str(tmp_path / "bench.json"), only="width"))
     assert asked == [256, 512, 768, 1024, 2048]
-    points = json.loads((tmp_path / "bench.json").read_text())["scaling"]["points"]
+    points = json.loads((tmp_path / "bench.json").read_text())["scaling"]
     assert old.keys() < points.keys()
     assert all("pairs 4" in name for name in points.keys() - old.keys())
 
@@ -164,7 +164,7 @@ def test_the_page_shows_every_measurement(tmp_path):
     about = {"machine": "M", "commit": "C", "threads": 2, "repeats": 3, "peak": 100.0}
     ways = {"this project": {"seconds": 0.5, "step_mib": 8.0}}
     ways["plain torch"] = {"seconds": 1.25, "step_mib": 8.0, "times": 2.5}
-    more = {"scaling": {"machine": "S", "commit": "D", "points": {}}, "stages": {"table": "| sft | 5 |"}}
+    more = {"scaling": {"pairs 4": {"machine": "S", "commit": "D"}}, "stages": {"table": "| sft | 5 |"}}
     more["real"] = {"SFT, LoRA": ways | {"machine": "R", "commit": "E"}}
     run.write_page(tmp_path / "page.md", about | {"rows": [row], "heads": [heads]} | more)
     page = (tmp_path / "page.md").read_text()
