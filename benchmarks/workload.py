@@ -92,19 +92,24 @@ def weights(seed: int) -> dict[str, Any]:
 def flops(case: str) -> float:
     """The multiplications and additions in the matrix products and the attention of one step of a case in ours.py.
 
-    A token costs 2 operations for each weight in the forward pass, and twice as many in the backward pass. What is
-    computed again to save memory does not count. Adapters are not counted: they change what is needed.
+    A token costs 2 operations for each weight in the forward pass, and twice as many in the backward pass. In the last
+    layer, only tokens whose output is read pass through the output projection and the MLP. What is computed again to
+    save memory does not count. Adapters are not counted: they change what is needed.
     """
     d, layers = SHAPE["hidden_size"], SHAPE["num_hidden_layers"]
     keys = SHAPE["num_key_value_heads"] * SHAPE["head_dim"]
-    weights = layers * (2 * d * d + 2 * d * keys + 3 * d * SHAPE["intermediate_size"])
+    qkv, rest = d * d + 2 * d * keys, d * d + 3 * d * SHAPE["intermediate_size"]  # weights of a layer
     head = d * SHAPE["vocab_size"]
 
-    def forward(prompts: int, responses: int, heads: int = 1) -> float:
-        """One forward pass over prompts and responses, where each response continues one of the prompts."""
+    def forward(prompts: int, responses: int, heads: int = 1, read: int = RESPONSE) -> float:
+        """One forward pass over prompts and responses, where each response continues one of the prompts.
+
+        `read`: how many tokens of each response are read.
+        """
         tokens = prompts * PROMPT + responses * RESPONSE
+        weights = tokens * (layers * qkv + (layers - 1) * rest) + responses * read * rest
         seen = prompts * PROMPT**2 / 2 + responses * RESPONSE * (PROMPT + RESPONSE / 2)
-        return 2 * (tokens * weights + 2 * layers * d * seen + heads * responses * RESPONSE * head)
+        return 2 * (weights + 2 * layers * d * seen + heads * responses * RESPONSE * head)
 
     pairs, rollout = forward(PAIRS, 2 * PAIRS), forward(ROLLOUT, ROLLOUT)
     scalar = forward(ROLLOUT, ROLLOUT, heads=0)
@@ -112,7 +117,7 @@ def flops(case: str) -> float:
         "sft": 3 * forward(PAIRS, PAIRS),
         "dpo": 4 * pairs,  # the reference forward, the policy forward and backward
         "dpo-best": 3 * pairs,
-        "reward": 3 * forward(PAIRS, 2 * PAIRS, heads=0),
+        "reward": 3 * forward(PAIRS, 2 * PAIRS, heads=0, read=1),
         "generate": rollout,
         "ppo": rollout + 2 * rollout + 2 * scalar + EPOCHS * 3 * (rollout + scalar),
         "ppo-shared": rollout + 2 * rollout + scalar + EPOCHS * 3 * rollout,

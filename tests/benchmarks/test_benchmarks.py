@@ -140,21 +140,23 @@ def test_all_ways_to_compute_log_probs_agree(case):
 
 
 def test_the_number_of_operations_matches_a_count_by_hand(monkeypatch):
-    """The products of one text of 2 + 1 tokens in one layer of width 2 can be counted on paper."""
+    """The products of one text of 2 + 2 tokens in two layers of width 2 can be counted on paper."""
     monkeypatch.setattr(
-        w, "SHAPE", w.SHAPE | {"hidden_size": 2, "num_hidden_layers": 1, "intermediate_size": 3, "vocab_size": 5}
+        w, "SHAPE", w.SHAPE | {"hidden_size": 2, "num_hidden_layers": 2, "intermediate_size": 3, "vocab_size": 5}
     )
     monkeypatch.setattr(w, "SHAPE", w.SHAPE | {"num_key_value_heads": 2, "head_dim": 1})
-    for name, value in {"PROMPT": 2, "RESPONSE": 1, "PAIRS": 1, "ROLLOUT": 1}.items():
+    for name, value in {"PROMPT": 2, "RESPONSE": 2, "PAIRS": 1, "ROLLOUT": 1}.items():
         monkeypatch.setattr(w, name, value)
-    # Weights: 4 * 4 + 3 * 6 = 34 for each token. Attention: 2 * width for each key that a token attends to, of which
-    # the prompt has 2 (half of 2 x 2) and the response 2.5. Head: 10.
-    assert w.flops("generate") == 2 * (3 * 34 + 2 * 2 * (2 + 2.5) + 10)
-    assert w.flops("reward") == 3 * 2 * (4 * 34 + 2 * 2 * (2 + 2 * 2.5))
+    # Weights of a layer: 3 * 4 = 12 for queries, keys and values; 4 + 3 * 6 = 22 for the rest, which in the last layer
+    # only the tokens that are read need. Attention: 2 * width in each layer for each key that a token attends to, of
+    # which the prompt has 2 (half of 2 x 2) and a response 6 (2 x 2 of the prompt, half of 2 x 2 of its own). Head: 10.
+    assert w.flops("generate") == 2 * (4 * (34 + 12) + 2 * 22 + 8 * (2 + 6) + 2 * 10)
+    # The reward model reads one token of each of two responses, and has no head to speak of.
+    assert w.flops("reward") == 3 * 2 * (6 * (34 + 12) + 2 * 22 + 8 * (2 + 2 * 6))
     # SFT has one response to each prompt. With one head of keys, their weights and those of values are 2 x 1 each.
-    assert w.flops("sft") == 3 * 2 * (3 * 34 + 2 * 2 * (2 + 2.5) + 10)
+    assert w.flops("sft") == 3 * 2 * (4 * (34 + 12) + 2 * 22 + 8 * (2 + 6) + 2 * 10)
     monkeypatch.setattr(w, "SHAPE", w.SHAPE | {"num_key_value_heads": 1})
-    assert w.flops("sft") == 3 * 2 * (3 * 30 + 2 * 2 * (2 + 2.5) + 10)
+    assert w.flops("sft") == 3 * 2 * (4 * (30 + 8) + 2 * 22 + 8 * (2 + 6) + 2 * 10)
 
 
 def test_the_page_shows_every_measurement(tmp_path):
