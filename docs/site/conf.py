@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(Path(__file__).parent))
-
 import doors
+
+ROOT = Path(__file__).parents[2]
 
 project = "Mixed Preference Optimization"
 author = ""

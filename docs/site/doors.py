@@ -1,4 +1,4 @@
-"""The order of the pages, read from docs/index.md: it is the home page, and the list that a reader sees is the navigation.
+"""The order of the pages, read from docs/index.md: the list that a reader sees on the home page is the navigation.
 
 A heading of the second level is a door. Below it is a list with one item for each page, `- [label](page.md): what it
 answers`. The items above the first door come first in the navigation, without a heading.
@@ -6,8 +6,8 @@ answers`. The items above the first door come first in the navigation, without a
 
 from __future__ import annotations
 
+import posixpath
 import re
-from pathlib import Path
 
 ITEM = re.compile(r"^- \[([^\]]+)\]\(([^)#]+\.md)\)", re.MULTILINE)
 DOOR = re.compile(r"^## (.+)$", re.MULTILINE)
@@ -34,9 +34,5 @@ def contents(index: str) -> str:
 
 
 def docname(path: str) -> str:
-    """Sphinx's name of a page, from its path as seen from docs/: "data.md" -> "/docs/data", "../README.md" -> "/README"."""
-    whole = Path("docs", path)
-    parts: list[str] = []
-    for part in whole.with_suffix("").parts:
-        parts = parts[:-1] if part == ".." else [*parts, part]
-    return "/" + "/".join(parts)
+    """Sphinx's name of a page, from its path as seen from docs/: "data.md" -> "/docs/data"."""
+    return posixpath.normpath(posixpath.join("/docs", path)).removesuffix(".md")

@@ -1,4 +1,4 @@
-"""A page for every file and folder of the repository that a page links to, since the site has to work without a network.
+"""A page for every file and folder of the repository that the docs link to: the site works without a network.
 
 On GitHub a link such as `../mpo/ppo/equations.py` opens the file. On the site it opens the file's page: its text in
 colours with numbered lines, and the pages that mention it. A folder's page lists its files.
@@ -46,7 +46,7 @@ def link_sources(app: Any, document: nodes.document) -> None:
 
 
 def target(app: Any, node: Any) -> str | None:
-    """The file or folder that a node links to, as seen from the repository; None if that is a page, or does not exist."""
+    """The file or folder that a node links to, as seen from the repository; None for a page, and for nothing."""
     beside = "" if node.get("refdomain") == "doc" else posixpath.dirname(app.env.docname)
     name = node["reftarget"] + (".md" if node.get("refdomain") == "doc" else "")
     path = posixpath.normpath(posixpath.join(beside, name))
