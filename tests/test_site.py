@@ -79,6 +79,22 @@ def test_a_page_out_of_reach_is_noticed_even_if_another_one_links_to_it(tmp_path
     assert links.faults(site) == ["one.html: no page links to it", "two.html: no page links to it"]
 
 
+def test_mathematics_keeps_tex_s_spaces_and_refuses_what_it_cannot_write():
+    pytest.importorskip("latex2mathml", reason="make .venv/.site installs what builds the site")
+    from mathml import mathml
+
+    space = '<mspace width="0.167em" />'
+    assert f"<mi>log</mi>{space}<mi>x</mi>" in mathml(r"\log x", "inline")
+    assert space not in mathml(r"\log(x) + \log\left(x\right)", "inline")
+    assert f"</msub>{space}<mi>x</mi>" in mathml(r"\log_2 x", "inline")
+    assert "&#x0003C;" in mathml("a < b", "inline")
+    aligned = mathml(r"\begin{aligned} a &= b \\ c &= d \end{aligned}", "block")
+    assert (aligned.count("<mtr"), aligned.count("<mtd")) == (2, 4)
+    for code in (r"\unheard{x}", r"\begin{unheard} x \end{unheard}"):
+        with pytest.raises(ValueError, match=r"unknown .*unheard"):
+            mathml(code, "inline")
+
+
 # --- a small site, built by Sphinx with the settings of the real one --------------------------------
 
 

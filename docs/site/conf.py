@@ -23,7 +23,7 @@ root_doc = "docs/index"
 html_additional_pages = {"index": "to_index.html"}
 
 # Markdown as GitHub reads it
-myst_enable_extensions = ["dollarmath", "strikethrough", "tasklist"]
+myst_enable_extensions = ["alert", "dollarmath", "strikethrough", "tasklist"]
 myst_disable_syntax = ["myst_role", "myst_line_comment", "myst_block_break", "myst_target"]
 myst_dmath_allow_space = False  # "$5 or $6" is no mathematics
 myst_dmath_allow_digits = False

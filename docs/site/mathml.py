@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from typing import Any
+from xml.etree.ElementTree import Element, tostring
 
 from docutils import nodes
-from latex2mathml.converter import convert
+from latex2mathml.commands import MATRICES
+from latex2mathml.converter import convert_to_element
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
@@ -18,10 +20,26 @@ logger = logging.getLogger(__name__)
 def mathml(latex: str, display: str) -> str:
     """LaTeX -> a <math> element; `display` is "inline" or "block". An unknown command raises ValueError."""
     code = latex.strip().removeprefix("`").removesuffix("`").strip()
-    element: str = convert(code, display=display)
-    if unknown := re.search(r">\s*(\\[A-Za-z]+)", element):  # the converter shows a command that it does not know
-        raise ValueError(f"unknown command {unknown[1]}")
-    return element
+    code = re.sub(r"\\(begin|end){aligned}", r"\\\1{split}", code)  # which the converter knows by this name only
+    for environment in re.findall(r"\\begin{(.*?)}", code):
+        if f"\\{environment}" not in MATRICES:
+            raise ValueError(f"unknown environment {environment}")
+    element = convert_to_element(code, display=display)
+    for part in list(element.iter()):
+        if (part.text or "").startswith("\\"):  # the converter shows a command that it does not know
+            raise ValueError(f"unknown command {part.text}")
+        if part.tag in ("math", "mrow", "mtd"):
+            space_after_names(part)
+    return tostring(element, encoding="unicode").replace("&amp;#x", "&#x")  # it writes signs by their numbers
+
+
+def space_after_names(row: Element) -> None:
+    """Put TeX's thin space between a function such as log and its argument, if this is not in brackets."""
+    for i in reversed(range(len(row) - 1)):
+        name = row[i][0] if row[i].tag in ("msub", "msup", "msubsup", "munder") else row[i]
+        brackets = row[i + 1] if row[i + 1].tag != "mrow" or not len(row[i + 1]) else row[i + 1][0]
+        if name.tag == "mi" and re.fullmatch("[a-z]{2,}", name.text or "") and brackets.tag != "mo":
+            row.insert(i + 1, Element("mspace", width="0.167em"))
 
 
 def write(translator: Any, node: nodes.Element, display: str) -> None:
