@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,7 @@ def build(folder: Path, **pages: str) -> subprocess.CompletedProcess[str]:
     (folder / "README.md").write_text("# The overview\n\nTo [the index](docs/index.md#learn).\n")
     (folder / "mpo").mkdir()
     (folder / "mpo" / "sums.py").write_text("def add(a, b):\n    return a + b\n")
+    (folder / "mpo" / "sums.ipynb").write_text('{"cells": []}')
     pages = {"index": INDEX, "two": "# Two\n", **pages}
     for name, text in pages.items():
         (folder / "docs" / f"{name}.md").write_text(text)
@@ -119,7 +121,7 @@ def small_site(tmp_path_factory) -> Path:
     """The folder of a site that was built without a warning."""
     folder = tmp_path_factory.mktemp("site")
     one = """# One
-See [the sum](../mpo/sums.py#L2), [the folder](../mpo), [two](two.md) and [the end](#the-end).
+See [the sum](../mpo/sums.py#L2), [the folder](../mpo), [two](two.md), [a notebook](../mpo/sums.ipynb) and [the end](#the-end).
 
 It costs $5 or $6. With $x^2 + \\beta$ and:
 
@@ -142,6 +144,12 @@ def test_a_link_to_a_file_leads_to_a_page_with_its_lines(small_site):
     assert 'id="L2"' in source
     assert '<a href="../docs/one.html">One</a>' in source  # the page that mentions it
     assert 'href="sums.py.html"' in (small_site / "mpo" / "index.html").read_text()
+
+
+def test_a_notebook_is_a_download(small_site):
+    link = re.search(r'href="([^"]*sums.ipynb)"', (small_site / "docs" / "one.html").read_text())[1]
+    assert (small_site / "docs" / link).read_text() == '{"cells": []}'
+    assert "ipynb" not in (small_site / "mpo" / "index.html").read_text()
 
 
 def test_mathematics_is_mathml_and_prices_are_text(small_site):

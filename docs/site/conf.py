@@ -1,4 +1,8 @@
-"""How Sphinx builds the site from README.md and docs/*.md (make site). The order of the pages is in docs/index.md."""
+"""How Sphinx builds the site from README.md and docs/*.md (make site). The order of the pages is in docs/index.md.
+
+Sphinx reads Markdown by GitHub's rules (CommonMark, with MyST), warns of links, anchors and pages that lead nowhere, and
+its search works from a folder without a server.
+"""
 
 import sys
 from pathlib import Path
@@ -23,7 +27,7 @@ root_doc = "docs/index"
 html_additional_pages = {"index": "to_index.html"}
 
 # Markdown as GitHub reads it
-myst_enable_extensions = ["alert", "dollarmath", "strikethrough", "tasklist"]
+myst_enable_extensions = ["alert", "dollarmath", "html_image", "strikethrough", "tasklist"]
 myst_disable_syntax = ["myst_role", "myst_line_comment", "myst_block_break", "myst_target"]
 myst_dmath_allow_space = False  # "$5 or $6" is no mathematics
 myst_dmath_allow_digits = False

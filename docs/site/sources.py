@@ -1,7 +1,8 @@
 """A page for every file and folder of the repository that the docs link to: the site works without a network.
 
 On GitHub a link such as `../mpo/ppo/equations.py` opens the file. On the site it opens the file's page: its text in
-colours with numbered lines, and the pages that mention it. A folder's page lists its files.
+colours with numbered lines, and the pages that mention it. A folder's page lists its files. A notebook, or a file that is
+too long to be read, is a download.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pygments.lexers import BashLexer, TextLexer, get_lexer_for_filename
 from pygments.util import ClassNotFound
 from sphinx import addnodes
 
+LONGEST = 300_000  # bytes of a file that gets a page
 SHOWN = {".py", ".cpp", ".h", ".mk", ".md", ".html", ".json", ".toml", ".txt", ".css"}  # in the list of a folder
 
 
@@ -52,7 +54,12 @@ def target(app: Any, node: Any) -> str | None:
     path = posixpath.normpath(posixpath.join(beside, name))
     is_page = path.endswith(".md") and path.removesuffix(".md") in app.env.found_docs
     exists = not path.startswith("..") and (Path(app.srcdir) / path).exists()
-    return path if exists and not is_page else None
+    return path if exists and not is_page and not is_download(Path(app.srcdir) / path) else None
+
+
+def is_download(path: Path) -> bool:
+    """True for a file that nobody wants to read as it is."""
+    return path.is_file() and (path.suffix == ".ipynb" or path.stat().st_size > LONGEST)
 
 
 def pages(app: Any) -> Iterator[tuple[str, dict[str, str], str]]:
@@ -83,7 +90,7 @@ def belongs(path: Path) -> bool:
     """True if a folder's page lists this file or folder: one of the repository, not one that was compiled."""
     if path.is_dir():
         return any(belongs(p) for p in path.iterdir())
-    return path.suffix in SHOWN and "compiled" not in path.parts
+    return path.suffix in SHOWN and "compiled" not in path.parts and not is_download(path)
 
 
 def mentioned(app: Any, page: str, by: list[str]) -> str:
