@@ -121,7 +121,8 @@ def small_site(tmp_path_factory) -> Path:
     """The folder of a site that was built without a warning."""
     folder = tmp_path_factory.mktemp("site")
     one = """# One
-See [the sum](../mpo/sums.py#L2), [the folder](../mpo), [two](two.md), [a notebook](../mpo/sums.ipynb) and [the end](#the-end).
+See [the sum](../mpo/sums.py#L2), [the folder](../mpo), [two](two.md),
+[a notebook](../mpo/sums.ipynb) and [the end](#the-end).
 
 It costs $5 or $6. With $x^2 + \\beta$ and:
 

@@ -1,7 +1,7 @@
 """How Sphinx builds the site from README.md and docs/*.md (make site). The order of the pages is in docs/index.md.
 
-Sphinx reads Markdown by GitHub's rules (CommonMark, with MyST), warns of links, anchors and pages that lead nowhere, and
-its search works from a folder without a server.
+Sphinx reads Markdown by GitHub's rules (CommonMark, with MyST), warns of links and anchors that lead nowhere and of
+pages behind no door, and its search works from a folder without a server.
 """
 
 import sys

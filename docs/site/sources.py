@@ -1,8 +1,8 @@
 """A page for every file and folder of the repository that the docs link to: the site works without a network.
 
 On GitHub a link such as `../mpo/ppo/equations.py` opens the file. On the site it opens the file's page: its text in
-colours with numbered lines, and the pages that mention it. A folder's page lists its files. A notebook, or a file that is
-too long to be read, is a download.
+colours with numbered lines, and the pages that mention it. A folder's page lists its files. A notebook is a download, and
+so is a file that is too long to be read.
 """
 
 from __future__ import annotations
