@@ -121,7 +121,7 @@ def small_site(tmp_path_factory) -> Path:
     """The folder of a site that was built without a warning."""
     folder = tmp_path_factory.mktemp("site")
     one = """# One
-See [the sum](../mpo/sums.py#L2), [the folder](../mpo), [two](two.md),
+See [the sum](../mpo/sums.py#L2), [the folder](../mpo), [two](two.md), [all](../docs),
 [a notebook](../mpo/sums.ipynb) and [the end](#the-end).
 
 It costs $5 or $6. With $x^2 + \\beta$ and:
@@ -141,6 +141,8 @@ def test_a_link_to_a_file_leads_to_a_page_with_its_lines(small_site):
     page = (small_site / "docs" / "one.html").read_text()
     assert 'href="../mpo/sums.py.html"' in page
     assert 'href="../mpo/index.html"' in page
+    assert 'href="../docs/index.html"' in page
+    assert "For readers." in (small_site / "docs" / "index.html").read_text()  # still the home page
     source = (small_site / "mpo" / "sums.py.html").read_text()
     assert 'id="L2"' in source
     assert '<a href="../docs/one.html">One</a>' in source  # the page that mentions it

@@ -1,8 +1,8 @@
 """A page for every file and folder of the repository that the docs link to: the site works without a network.
 
 On GitHub a link such as `../mpo/ppo/equations.py` opens the file. On the site it opens the file's page: its text in
-colours with numbered lines, and the pages that mention it. A folder's page lists its files. A notebook is a download, and
-so is a file that is too long to be read.
+colours with numbered lines, and the pages that mention it. A folder's page lists its files. A notebook is a download,
+and so is a file that is too long to be read.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def target(app: Any, node: Any) -> str | None:
     name = node["reftarget"] + (".md" if node.get("refdomain") == "doc" else "")
     path = posixpath.normpath(posixpath.join(beside, name))
     is_page = path.endswith(".md") and path.removesuffix(".md") in app.env.found_docs
-    exists = not path.startswith("..") and (Path(app.srcdir) / path).exists()
+    exists = path != "." and not path.startswith("..") and (Path(app.srcdir) / path).exists()
     return path if exists and not is_page and not is_download(Path(app.srcdir) / path) else None
 
 
@@ -68,22 +68,25 @@ def pages(app: Any) -> Iterator[tuple[str, dict[str, str], str]]:
     waiting, done = sorted(mentions), set[str]()
     while waiting:
         path = waiting.pop()
-        if path in done:
+        page = page_of(path, (root / path).is_dir())
+        if path in done or page in app.env.found_docs:  # the page of the folder docs/ is its index.md
             continue
         done.add(path)
-        page = page_of(path, (root / path).is_dir())
         said = mentioned(app, page, sorted(mentions.get(path, ())))
         if (root / path).is_dir():
             inside = [p.relative_to(root).as_posix() for p in sorted((root / path).iterdir()) if belongs(p)]
             waiting += inside
-            items = (
-                f'<li><a href="{link(page, page_of(p, (root / p).is_dir()))}">{escape(Path(p).name)}</a></li>'
-                for p in inside
-            )
-            body = f"<h1>{escape(path)}/</h1>{said}<ul>{''.join(items)}</ul>"
+            items = "".join(item(page, p, (root / p).is_dir()) for p in inside)
+            body = f"<h1>{escape(path)}/</h1>{said}<ul>{items}</ul>"
         else:
             body = f"<h1>{escape(path)}</h1>{said}{coloured(root / path)}"
         yield page, {"title": escape(path), "body": body}, "page.html"
+
+
+def item(page: str, path: str, folder: bool) -> str:
+    """The line of a file or folder on the page of the folder that has it."""
+    name = posixpath.basename(path) + "/" * folder
+    return f'<li><a href="{link(page, page_of(path, folder))}">{escape(name)}</a></li>'
 
 
 def belongs(path: Path) -> bool:
