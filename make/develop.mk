@@ -1,6 +1,6 @@
 # For those who change the code: tests, checkers, locked versions.
 
-goals += test parity sanitize triton fuzz soak oldest lint lock clean
+goals += test parity sanitize triton fuzz soak oldest lint lock site clean
 
 # One file at a time on every core
 test: .venv/.dev
@@ -48,15 +48,26 @@ oldest: .oldest/.done
 lint: .venv/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m mypy mpo experiments benchmarks requirements *.py
+	$(PY) -m mypy mpo experiments benchmarks requirements docs/site *.py
 
 # After a change of versions in requirements/direct.txt. The hash of the CPU build is kept: it comes from another index.
+# Trackers are not locked: make installs none of them.
+locked_extras := figures tokenizers jinja2 parquet hub site gpu dev parity
 lock: .venv/bin/python
 	$(PIP) install --quiet uv
 	grep '^# cpu build' requirements/lock.txt > .venv/cpu
-	.venv/bin/uv pip compile pyproject.toml --all-extras -c requirements/direct.txt --universal --generate-hashes \
+	.venv/bin/uv pip compile pyproject.toml $(locked_extras:%=--extra %) -c requirements/direct.txt --universal --generate-hashes \
 	    --python-version 3.11 --quiet --custom-compile-command "make lock" -o requirements/lock.txt
 	cat .venv/cpu >> requirements/lock.txt
+
+# The README and docs/ as a site, in build/site. A warning, such as a link that leads nowhere, is an error. The first program
+# knows the Markdown, the second one the finished pages.
+site: .venv/.site
+	rm -rf build/site
+	@$(PY) -m sphinx --builder html --conf-dir docs/site --fail-on-warning --keep-going --quiet --fresh-env \
+	    --doctree-dir build/doctrees . build/site
+	@$(PY) docs/site/links.py build/site
+	@echo 'Open build/site/index.html in a browser.'
 
 clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build ./*.egg-info

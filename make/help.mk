@@ -16,7 +16,7 @@ Mixed Preference Optimization: SFT, reward model, split by reward gap, DPO on ea
   make bench           time this project beside others
   make gpu-check       check and measure everything on a CUDA GPU, in 8 minutes (docs/hardware.md)
   make setup           install everything in .venv, as the other goals do; with PY=python3 they use that one as it is
-  For those who change the code: make test, lint, parity, sanitize, triton, fuzz, soak, oldest, lock, clean
+  For those who change the code: make test, lint, parity, sanitize, triton, fuzz, soak, oldest, lock, site, clean
 
 endef
 

@@ -10,7 +10,7 @@ setup: .venv/.dev
 
 # PY=python3 names an interpreter that has all packages, as images for GPUs do. Nothing is installed then.
 ifneq ($(PY),.venv/bin/python)
-.venv/bin/python .venv/.runtime .venv/.figures .venv/.hub .venv/.dev .venv/.parity .venv/.gpu:
+.venv/bin/python .venv/.runtime .venv/.figures .venv/.site .venv/.hub .venv/.dev .venv/.parity .venv/.gpu:
 	@:
 .venv/.ready:
 	@$(PY) kernels/build.py
@@ -60,6 +60,11 @@ figures_if_possible = $(PY) -c 'import matplotlib' 2>/dev/null || { echo 'Instal
 # What reads tokenizer.json, for a model without a tokenizer.model (make/flags.mk).
 .venv/.tokenizers: .venv/.ready
 	@$(call optional,tokenizers,tokenizers,reads tokenizer.json)
+	@touch $@
+
+# What builds the site of the documentation
+.venv/.site: .venv/.runtime
+	$(call locked,site)
 	@touch $@
 
 .venv/.dev: .venv/.ready

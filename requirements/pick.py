@@ -3,10 +3,10 @@
     python requirements/pick.py PURPOSE > FILE
     pip install --require-hashes -r FILE
 
-PURPOSE is runtime, figures, tokenizers, hub, dev, gpu, parity or oldest. lock.txt has all packages for all purposes and
-platforms; `make lock` writes it from direct.txt and pyproject.toml. This script picks those that the purpose needs,
-following the "# via" notes of the lock. If pip is set up to find a CPU build of torch, it picks that build, without the
-GPU libraries of the ordinary one. The script itself needs nothing but Python.
+PURPOSE is runtime, figures, tokenizers, hub, site, dev, gpu, parity or oldest. lock.txt has all packages for all
+purposes and platforms; `make lock` writes it from direct.txt and pyproject.toml. This script picks those that the
+purpose needs, following the "# via" notes of the lock. If pip is set up to find a CPU build of torch, it picks that
+build, without the GPU libraries of the ordinary one. The script itself needs nothing but Python.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ PURPOSES = {  # purpose -> extras of pyproject.toml
     "figures": {"figures"},
     "tokenizers": {"tokenizers"},
     "hub": {"hub"},
+    "site": {"site"},
     "dev": {"dev", "figures"},
     "gpu": {"dev", "figures", "gpu"},
     "parity": {"dev", "figures", "parity"},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,14 +27,90 @@ from mpo.world.gold import BEST, WORST
 from tests.conftest import small_model
 from tests.support.scripts import ROOT
 
+sys.path.insert(0, str(ROOT / "docs" / "site"))
+from doors import doors
+
+INDEX = ROOT / "docs" / "index.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def prose(page: Path) -> str:
+    """The text of a page without its blocks of code, in which nothing is a link or a heading."""
+    text = re.sub(r"^( *)(```+|~~~+).*?^\1\2`*~* *$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"(?<=\n\n)( {4}.*\n|\n)+", "", text)
+
+
+def links(page: Path) -> list[str]:
+    """Where the links and pictures of a page lead within the repository."""
+    text = re.sub(r"(`+).+?\1", "code", prose(page), flags=re.DOTALL)
+    targets = re.findall(r"\]\(\s*([^)\s]+)[^)]*\)", text)
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    names: list[str] = []
+    for title in re.findall(r"^#+ +(.+?) *$", prose(page), re.MULTILINE):
+        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title).lower()
+        name = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        names.append(f"{name}-{names.count(name)}" if name in names else name)
+    return set(names)
+
+
+def test_the_anchors_are_github_s(tmp_path):
+    page = tmp_path / "page.md"
+    lines = [
+        "# A `make` goal: [what](x.md) it's",
+        "## Two  words-here",
+        "",
+        "```sh",
+        "# no heading",
+        "```",
+        "",
+        "    # nor this",
+    ]
+    page.write_text("\n".join([*lines, "", "## The end", "### The end", ""]))
+    assert anchors(page) == {"a-make-goal-what-its", "two--words-here", "the-end", "the-end-1"}
+
+
+def test_links_are_read_from_the_text_and_not_from_code(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "A [b](c.md#d), [`e`](\nf.py), `g[0](h)`, ![i](j.png), [k](https://l.m).\n\n    n[0](o)\n\n[p](#q)\n"
+    )
+    assert links(page) == ["c.md#d", "f.py", "j.png", "#q"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
-    missing = [link for link in links if not link.startswith("http") and not (page.parent / link).exists()]
-    assert missing == []
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), link
+        elif anchor:  # a line of a file, or several: #L12, #L12-L15
+            assert re.fullmatch(r"L\d+(-L\d+)?", anchor), link
+            assert int(anchor.rpartition("L")[2]) <= len(target.read_text().splitlines()), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_a_page_begins_with_its_only_title(page):
+    assert page.read_text().startswith("# ")
+    assert len(re.findall(r"^# ", prose(page), re.MULTILINE)) == 1
+
+
+def test_every_page_is_behind_exactly_one_door():
+    """The list in docs/index.md is the navigation of the site. A new page needs a line there."""
+    listed = [(ROOT / "docs" / path).resolve() for _, pages in doors(INDEX.read_text()) for _, path in pages]
+    assert sorted(listed) == sorted(page for page in PAGES if page != INDEX)
+
+
+def test_the_index_has_four_doors_and_the_readme_links_each():
+    names = [name for name, _ in doors(INDEX.read_text()) if name]
+    assert names == ["Learn", "Use", "Evidence", "Inside"]
+    assert {f"docs/index.md#{name.lower()}" for name in names} <= set(links(ROOT / "README.md"))
 
 
 def test_the_world_page_gives_the_annotators_numbers():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 
 import pytest
 
@@ -54,6 +55,14 @@ def test_the_lock_has_hashes_of_all_packages_and_all_packages_of_each_purpose():
     for extras in pick.PURPOSES.values():
         assert pick.direct_requirements(extras) <= packages.keys()
     assert pick.CPU_BUILD.search(text)[1].startswith(pinned["torch"])
+
+
+def test_every_extra_is_locked_but_the_trackers_which_make_never_installs():
+    extras = tomllib.loads(pick.PROJECT.read_text())["project"]["optional-dependencies"].keys()
+    recipe = (ROOT / "make" / "develop.mk").read_text()
+    locked = set(re.search(r"^locked_extras := (.*)", recipe, re.MULTILINE)[1].split())
+    assert locked | {"tensorboard", "trackio", "wandb"} == extras
+    assert set().union(*pick.PURPOSES.values()) <= locked
 
 
 @pytest.mark.parametrize("cpu", [True, False])
