@@ -27,6 +27,7 @@ GREETINGS = {
     "text": "type a prompt on one line, which the model gets as it is; Ctrl-D: quit",
 }
 
+
 def read_line() -> str | None:
     """The next line that is typed, without space around it; None at the end of the input."""
     try:

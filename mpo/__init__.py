@@ -39,7 +39,7 @@ _HOMES = {
 }
 """Short name -> the module that it comes from."""
 
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -44,7 +44,9 @@ def as_prompt(form: str, history: str, line: str) -> str:
 
 def as_row_prompt(form: str, text: str) -> str:
     """The prompt that a text becomes; a dialogue or a post in the form of the rows stays as it is."""
-    return text if form_of(text) in ("dialogue", "post") else as_prompt(form, "", text.strip() if form != "text" else text)
+    return (
+        text if form_of(text) in ("dialogue", "post") else as_prompt(form, "", text.strip() if form != "text" else text)
+    )
 
 
 def as_response(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, get_args, overload
 import torch
 from torch import Tensor
 
-from mpo.config import NonNegative, Range, Size
+from mpo.config import Range
 from mpo.data.batches import Pair, encode, make_batch
 from mpo.data.formats import rows_of
 from mpo.data.rows import Row, Unusable, as_object
@@ -150,7 +150,9 @@ def _length(pair: Pair) -> int:
 def parse(rows: Sequence[Item]) -> list[Row]:
     """Preference pairs as rows. Raises InputError, which names the row by its place, where one makes no pair."""
     dropped = Counter[str]()
-    _, parsed = rows_of(((f"rows[{i}]", as_object(f"rows[{i}]", r)) for i, r in enumerate(rows)), "rows", "row", dropped)
+    _, parsed = rows_of(
+        ((f"rows[{i}]", as_object(f"rows[{i}]", r)) for i, r in enumerate(rows)), "rows", "row", dropped
+    )
     if dropped:
         raise InputError(f"not all of the rows make pairs: {counts_text(dropped)}; leave the others out")
     return parsed
@@ -187,8 +189,8 @@ class Policy(_Loaded):
 
         Raises InputError for a prompt without room, and for a number outside its range.
         """
-        _in_range("max_new", max_new, Size)
-        _in_range("temperature", temperature, NonNegative)
+        in_range("max_new", max_new, Range(1))
+        in_range("temperature", temperature, Range(0))
         room = room_for_prompts(self.model.config.max_position_embeddings, max_new, ("max_new", str(self.folder)))
         prompts = self._prompts([prompt] if isinstance(prompt, str) else prompt, room)
         if not prompts:
@@ -224,9 +226,7 @@ class Policy(_Loaded):
     @overload
     def tokens(self, prompt: str, response: str, ref: Policy) -> Table[TokenKL]: ...
 
-    def tokens(
-        self, prompt: str, response: str, ref: Policy | None = None
-    ) -> Table[TokenLogp] | Table[TokenKL]:
+    def tokens(self, prompt: str, response: str, ref: Policy | None = None) -> Table[TokenLogp] | Table[TokenKL]:
         """Each token of a complete response with its log-prob. A reference adds its own, and the exact KL to it.
 
         The log-probs add up to `logp`. Raises InputError for texts without room, and for a reference with another
@@ -346,8 +346,8 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"{folder}: holds no config.json, so it is not a model{hint}")
 
 
-def _in_range(name: str, value: float, kind: Any) -> None:
-    bounds: Range = kind.__metadata__[0]
+def in_range(name: str, value: float, bounds: Range) -> None:
+    """Raise InputError for a number outside its range."""
     if not bounds.has(value):
         raise InputError(f"{name}={value}: must be {bounds}")
 

@@ -18,7 +18,6 @@ from mpo.runtime.cores import threads
 from mpo.runtime.errors import InputError
 from mpo.runtime.output import note
 
-
 _told = list[bool]()  # not empty once a processor without products of bf16 numbers has been mentioned
 
 

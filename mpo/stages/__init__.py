@@ -1,1 +1,1 @@
-"""The scripts of the stages, which stand at the top of the checkout: links, so that an installed package has them, too."""
+"""Links to the scripts at the top of the checkout, so that an installed package has them, too."""
