@@ -212,8 +212,9 @@ def with_ids(found: Iterable[Found]) -> list[Row]:
 def read_rows(path: str | Path, prompts_alone: bool = False) -> list[Row]:
     """Read rows in the project's own format: {"id", "prompt", "chosen", "rejected"} on each line.
 
-    With `prompts_alone`, a row may have no responses. One without an id gets one from the file's name and its place. Raises InputError for a file without rows, and
-    naming the line for a row that is not valid or whose id another row has.
+    With `prompts_alone`, a row may have no responses. One without an id gets one from the file's name and its place.
+    Raises InputError for a file without rows, and naming the line for a row that is not valid or whose id another row
+    has.
     """
     path = Path(path)
     rows = with_ids(

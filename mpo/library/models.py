@@ -121,7 +121,9 @@ class _Loaded:
         """Prompts and complete responses as ids, of at most `most` tokens together. Raises InputError."""
         responses = [response] if isinstance(response, str) else list(response)
         prompts = [prompt] * len(responses) if isinstance(prompt, str) else list(prompt)
-        if len(prompts) != len(responses) or isinstance(response, str) > isinstance(prompt, str):
+        if isinstance(response, str) and not isinstance(prompt, str):
+            raise InputError("several prompts need a list of responses, one for each")
+        if len(prompts) != len(responses):
             raise InputError(f"{len(prompts)} prompts and {len(responses)} responses: give each prompt its response")
         sequences = []
         for text, answer in zip(prompts, responses, strict=True):
