@@ -99,7 +99,7 @@ class _Loaded:
         with computing(self.device, self.precision):
             yield
 
-    def _prompts(self, prompts: Sequence[str], room: int) -> list[list[int]]:
+    def _prompts(self, prompts: list[str], room: int) -> list[list[int]]:
         """The ids of prompts. A dialogue that has no room loses its oldest turns, and a note says so.
 
         Raises InputError, which names the prompt by its place, for one that cannot be used.
@@ -116,7 +116,7 @@ class _Loaded:
         return encoded
 
     def _sequences(
-        self, prompt: str | Sequence[str], response: str | Sequence[str], most: int
+        self, prompt: str | list[str], response: str | list[str], most: int
     ) -> list[tuple[list[int], list[int]]]:
         """Prompts and complete responses as ids, of at most `most` tokens together. Raises InputError."""
         responses = [response] if isinstance(response, str) else list(response)
@@ -130,7 +130,8 @@ class _Loaded:
             ids = self.tokenizer.response_ids(as_response(answer))
             if len(ids) > most - 2:
                 raise InputError(f"{answer!r:.60}: {len(ids)} tokens, of which the model takes at most {most - 2}")
-            sequences.append((*self._prompts([text], most - len(ids)), ids))
+            (before,) = self._prompts([text], most - len(ids))
+            sequences.append((before, ids))
         return sequences
 
     def _pairs(self, rows: Sequence[Item], most: int) -> list[Pair]:
@@ -173,12 +174,10 @@ class Policy(_Loaded):
     def generate(self, prompt: str, max_new: int = 96, temperature: float = 0.7, seed: int = 1) -> str: ...
 
     @overload
-    def generate(
-        self, prompt: Sequence[str], max_new: int = 96, temperature: float = 0.7, seed: int = 1
-    ) -> list[str]: ...
+    def generate(self, prompt: list[str], max_new: int = 96, temperature: float = 0.7, seed: int = 1) -> list[str]: ...
 
     def generate(
-        self, prompt: str | Sequence[str], max_new: int = 96, temperature: float = 0.7, seed: int = 1
+        self, prompt: str | list[str], max_new: int = 96, temperature: float = 0.7, seed: int = 1
     ) -> str | list[str]:
         """Answer a prompt, or each of several.
 
@@ -207,9 +206,9 @@ class Policy(_Loaded):
     def logp(self, prompt: str, response: str) -> float: ...
 
     @overload
-    def logp(self, prompt: str | Sequence[str], response: Sequence[str]) -> list[float]: ...
+    def logp(self, prompt: str | list[str], response: list[str]) -> list[float]: ...
 
-    def logp(self, prompt: str | Sequence[str], response: str | Sequence[str]) -> float | list[float]:
+    def logp(self, prompt: str | list[str], response: str | list[str]) -> float | list[float]:
         """Log-prob in nats of a complete response, its EOS included. Several responses, to one prompt or to several,
         give a list.
 
@@ -283,9 +282,9 @@ class RewardModel(_Loaded):
     def score(self, prompt: str, response: str) -> float: ...
 
     @overload
-    def score(self, prompt: str | Sequence[str], response: Sequence[str]) -> list[float]: ...
+    def score(self, prompt: str | list[str], response: list[str]) -> list[float]: ...
 
-    def score(self, prompt: str | Sequence[str], response: str | Sequence[str]) -> float | list[float]:
+    def score(self, prompt: str | list[str], response: str | list[str]) -> float | list[float]:
         """The reward of a complete response. Several responses, to one prompt or to several, give a list.
 
         A reward model of this project gives scores in standard deviations, around the mean of chosen responses.
