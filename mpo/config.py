@@ -210,7 +210,7 @@ class PPOConfig(Training):
     """PPO on prompts (those of the hard pairs in MPO) with a KL penalty towards the reference model."""
 
     # Prompts and models
-    prompts: str  # a row file, of which only the prompts are used
+    prompts: str  # a row file, of which only the prompts are used; its rows need no responses
     model: str  # folder of the model to train
     ref: str  # folder of the KL reference: the DPO model for MPO, the SFT model for vanilla PPO
     rm: str  # folder of the reward model; its weights also initialise the critic

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import threading
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from mpo.runtime.files import read_json, sha256
 from mpo.runtime.flags import parse
 from mpo.world.build import build
 from tests.library.test_models import settings
+from tests.support import templates
+from tests.support.layouts import LAYOUTS
 
 SIZES = {"batch": 4, "microbatch": 4, "threads": 1, "device": "cpu"}
 PAIRS = sorted(build("hh", seed=3, train=40, test=4)["train"], key=lambda r: len(r.chosen + r.rejected))[:12]  # all fit
@@ -200,3 +203,26 @@ def test_rows_that_were_changed_by_hand_are_not_replaced(sft, tmp_path):
     with pytest.raises(mpo.InputError, match=r"train.jsonl: was changed after it had been written; move .* away"):
         mpo.train("dpo", ROWS, model=sft, out=tmp_path / "out", **SIZES)
     assert file.read_bytes() == changed
+
+
+def test_a_thread_other_than_the_main_one_can_train(sft, tmp_path):
+    """It cannot handle signals, and does not try to. The server of a notebook may run cells in such a thread."""
+    results = []
+
+    def work():
+        results.append(mpo.train("dpo", ROWS, model=sft, out=tmp_path / "out", **SIZES).results["steps"])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results == [3]
+
+
+def test_prompts_alone_with_a_chat_template(tmp_path):
+    pytest.importorskip("jinja2")
+    LAYOUTS["qwen3"](tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(templates.QWEN)
+    rm = mpo.train("rm", ROWS, model=tmp_path / "model", out=tmp_path / "rm", epochs=0.2, held_out=0.2, **SIZES)
+    sizes = {**SIZES, "minibatch": 4, "iterations": 2, "critic_warmup": 1, "max_new": 4}
+    ppo = mpo.train("ppo", ["Hi", "Ho"], model=tmp_path / "model", rm=rm, out=tmp_path / "ppo", **sizes)
+    assert ppo.results["prompts"] == {"kept": 2}
