@@ -71,6 +71,12 @@ def test_a_stage_writes_what_its_script_writes(tmp_path):
     }
 
 
+def test_a_tool_that_writes_a_folder_signs_with_its_own_name(hh_run, tmp_path):
+    flags = ("--data", hh_run / "data" / "test.jsonl", "--rm", hh_run / "rm", "--device", "cpu", "--threads", 1)
+    run_script(MPO, "score", *flags, "--out", tmp_path / "scores")
+    assert read_json(tmp_path / "scores" / "manifest.json")["stage"] == "score"
+
+
 def test_every_stage_of_the_checkout_is_a_command():
     scripts = {path.stem for path in ROOT.glob("*.py")} - {"chat"}
     assert {module.rpartition(".")[2] for module, _ in STAGES.values()} == scripts

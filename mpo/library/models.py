@@ -7,8 +7,8 @@ them. So models on different devices live beside each other, and beside other co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, overload
@@ -93,11 +93,9 @@ class _Loaded:
     def __str__(self) -> str:
         return str(self.folder)
 
-    @contextmanager
-    def _here(self) -> Iterator[None]:
+    def _here(self) -> AbstractContextManager[None]:
         """Compute where the model is, as precisely as it was loaded, and give everything back."""
-        with computing(self.device, self.precision):
-            yield
+        return computing(self.device, self.precision)
 
     def _prompts(self, prompts: list[str], room: int) -> list[list[int]]:
         """The ids of prompts. A dialogue that has no room loses its oldest turns, and a note says so.

@@ -11,6 +11,7 @@ import importlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -32,6 +33,7 @@ from mpo.runtime.setup import restored
 Rows = Sequence[Item] | Sequence[str] | str | Path
 """Preference pairs (for PPO also prompts alone), a file of them, or the folder of a data stage."""
 Splits = dict[str, list[Row]]
+TRAINED = ("sft", "rm", "dpo", "ppo")
 NEEDS_TEST = ("sft", "rm")  # the stages that measure themselves on held-out rows
 
 
@@ -56,9 +58,10 @@ def train(
             or a file of them; or the folder of a data stage. PPO also takes prompts alone: texts, or {"prompt"}.
         out: the folder to write. Rows that are not in a file of this project's form yet are written beside it.
         held_out: the share of the rows on which sft and rm measure themselves.
-        flags: the flags of the stage (`mpo dpo --help`), with Python's values: lr=1e-4, overwrite=True. A model that
-            is loaded may stand for its folder: model=policy, rm=rm. `model` is needed: a folder or, for sft, a preset,
-            which gets a new tokenizer unless `tokenizer` names one. Without `ref`, the model itself is the reference.
+        flags: the flags of the stage (`mpo dpo --help`), with Python's values: lr=1e-4, overwrite=True; None is the
+            default. A model that is loaded may stand for its folder: model=policy, rm=rm. `model` is needed: a folder
+            or, for sft, a preset, which gets a new tokenizer unless `tokenizer` names one. Without `ref`, the model
+            itself is the reference.
 
     A call that was interrupted (Ctrl-C) goes on from its last save, and one that is finished only loads its result;
     with other rows or flags it is refused, until `overwrite=True` or another `out`. Code is no flag: give a loss that
@@ -68,21 +71,16 @@ def train(
         InputError: rows or flags are wrong, as the script would say it.
         RunError: the training cannot go on, as with a loss that is not finite.
     """
-    script = f"train_{stage}"
-    if script not in STAGES or stage not in ("sft", "rm", "dpo", "ppo"):
-        near = difflib.get_close_matches(str(stage), ("sft", "rm", "dpo", "ppo"), 1)
-        raise InputError(
-            f"{stage!r}: not a stage that trains; {f'did you mean {near[0]}?' if near else 'sft, rm, dpo, ppo'}"
-        )
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise InputError("mpo.train: runs in one process; for several: mpo launch 2 dpo --data ... (docs/processes.md)")
+    _check_call(stage, flags)
     in_range("held_out", held_out, Range(above=0, below=1))
-    program = importlib.import_module(f"mpo.stages.{script}")
-    where = _Data(stage, rows, Path(out), held_out, int(flags.get("seed", 1)))
-    given = {"out": out, where.flag: where.path, **_models(stage, Path(out), flags), **flags}
-    config = configure(STAGES[script], _as_words(given), program.check)
+    program, of_rows = importlib.import_module(f"mpo.stages.train_{stage}"), "prompts" if stage == "ppo" else "data"
+    flags = {name: value for name, value in flags.items() if value is not None}
+    given = {"out": out, of_rows: "rows", **_models(stage, Path(out), flags), **flags}
+    config = configure(STAGES[f"train_{stage}"], _as_words(given), program.check)
     if config.plan:
         raise InputError(f"plan=True: only the command prints a plan: mpo {stage} --plan true ...")
+    where = _Data(stage, rows, Path(out), held_out, config.seed)
+    config = replace(config, **{of_rows: str(where.path)})
     with restored(), signals.borrowed():
         try:
             where.write()
@@ -92,6 +90,18 @@ def train(
         finally:
             lock.release_all()
     return load(config.out, config.device, config.precision)
+
+
+def _check_call(stage: str, flags: Mapping[str, Any]) -> None:
+    """Raise InputError for a call that no flags could mend."""
+    if stage not in TRAINED:
+        near = difflib.get_close_matches(str(stage), TRAINED, 1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(TRAINED)}"
+        raise InputError(f"{stage!r}: not a stage that trains; {hint}")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("mpo.train: runs in one process; for several: mpo launch 2 dpo --data ... (docs/processes.md)")
+    if taken := [name for name in ("data", "prompts") if name in flags]:
+        raise InputError(f"{taken[0]}=: the rows are the second argument of mpo.train")
 
 
 def _models(stage: str, out: Path, flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,7 +141,6 @@ class _Data:
 
     def __init__(self, stage: str, rows: Rows, out: Path, held_out: float, seed: int):
         """Read the rows. Raises InputError for rows that cannot be used."""
-        self.flag = "prompts" if stage == "ppo" else "data"
         self.files: dict[str, str] = {}  # name -> content, of what is to be written
         ready = None if not isinstance(rows, str | Path) else _as_it_is(stage, Path(rows))
         if ready is not None:

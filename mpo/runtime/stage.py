@@ -69,7 +69,8 @@ def would_discard(out: str | Path, what: str, reasons: Sequence[str]) -> str:
 
 def script_of(config: Any) -> str:
     """The name of the script that has these flags. The program that runs may be another one, such as `mpo dpo`."""
-    return next((script for script, flags in STAGES.items() if flags is type(config)), Path(sys.argv[0]).stem)
+    program = Path(sys.argv[0]).stem.removeprefix("mpo ")
+    return next((script for script, flags in STAGES.items() if flags is type(config)), program)
 
 
 class Stage:

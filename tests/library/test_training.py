@@ -101,7 +101,7 @@ def test_a_reward_model_and_ppo_on_prompts_alone(sft, tmp_path):
     assert rm.results["held_out"]["accuracy"][0] >= 0
     questions = ["Hi?", "\n\nHuman: Ho?\n\nAssistant:", "Why?", "Who?"]
     sizes = {**SIZES, "minibatch": 4, "microbatch": 2, "iterations": 2, "critic_warmup": 1, "max_new": 6}
-    ppo = mpo.train("ppo", questions, model=sft, rm=rm, out=tmp_path / "ppo", **sizes)
+    ppo = mpo.train("ppo", questions, model=sft, ref=None, rm=rm, out=tmp_path / "ppo", **sizes)
     assert ppo.results["prompts"] == {"kept": 4}
     assert ppo.results["iterations"] == 2
     (file,) = tmp_path.glob("ppo-rows-*/train.jsonl")
@@ -169,6 +169,9 @@ def test_a_loss_that_is_not_finite_is_a_run_error(sft, tmp_path, losses):
         ("eval", ROWS, {}, "'eval': not a stage that trains"),
         ("dpo", ROWS, {"model": None}, "mpo.train('dpo', ...): needs model="),
         ("dpo", ROWS, {"lrr": 1}, "unknown flag --lrr; did you mean --lr?"),
+        ("dpo", ROWS, {"data": "x"}, "data=: the rows are the second argument"),
+        ("dpo", ROWS, {"seed": "one"}, "--seed one: not a whole number in digits"),
+        ("dpo", ROWS, {"overwrite": "yes"}, "expected true or false, found 'yes'"),
         ("dpo", ROWS, {"lr": -1}, "--lr -1: must be above 0"),
         ("dpo", ROWS, {"loss": "sigmoit"}, "did you mean sigmoid?"),
         ("dpo", ROWS, {"batch": 6, "microbatch": 4}, "--batch 6 must be a multiple of --microbatch 4"),
