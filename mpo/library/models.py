@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, overload
+from typing import Any, Literal, NamedTuple, Self, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor
@@ -83,6 +83,16 @@ class _Loaded:
     device: str
     precision: Precision
     form: Form  # of the prompt that a plain text becomes
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: str = "auto", precision: Precision = "fp32", form: Form = "dialogue"
+    ) -> Self:
+        """`mpo.load` where the kind of the model is known, to a type checker, too. Raises InputError for the other."""
+        loaded = load(folder, device, precision, form)
+        if not isinstance(loaded, cls):
+            raise InputError(f"{folder}: is a {type(loaded).__name__}, not a {cls.__name__}")
+        return loaded
 
     @property
     def results(self) -> dict[str, Any]:

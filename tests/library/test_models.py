@@ -68,6 +68,7 @@ def test_config_json_decides_what_a_folder_is(hh_run, policy, rm):
     assert isinstance(rm, mpo.RewardModel)
     assert rm.results == read_json(hh_run / "rm" / "manifest.json")["results"]
     assert policy.results["iterations"] == 2
+    assert isinstance(mpo.Policy.load(hh_run / "sft", device="cpu"), mpo.Policy)
     assert repr(policy) == f"Policy({hh_run / 'mpo'}: 0.4 M parameters, fp32 on cpu)"
 
 
@@ -75,6 +76,8 @@ def test_config_json_decides_what_a_folder_is(hh_run, policy, rm):
     ("call", "message"),
     [
         (lambda run: mpo.load(run), "it is not a model; name one of the models in it: dpo, mpo, rm, sft"),
+        (lambda run: mpo.Policy.load(run / "rm"), "rm: is a RewardModel, not a Policy"),
+        (lambda run: mpo.RewardModel.load(run / "sft"), "sft: is a Policy, not a RewardModel"),
         (lambda run: mpo.load("org/name"), "org/name: no such folder; to download it from the hub: "),
         (
             lambda run: mpo.load(run / "sft", precision="fp16"),
