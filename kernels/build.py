@@ -110,7 +110,7 @@ def build_once() -> str:
         if compiler() is None:
             return "no C++ compiler (g++ or clang++) found"
         target.parent.mkdir(parents=True, exist_ok=True)
-        with (target.parent / ".lock").open("w") as lock:
+        with (target.parent / ".lock").open("wb") as lock:
             with suppress(OSError):  # a file system without locks: then each process compiles a file of its own
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists() and not refused.exists():
