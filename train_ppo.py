@@ -56,9 +56,9 @@ def check(config: PPOConfig) -> None:
 
 def load_prompts(config: PPOConfig, tokenizers: Sequence[Tokenizer]) -> tuple[list[list[Pair]], dict[str, int]]:
     """The rows whose prompts are sampled from, encoded by each tokenizer, and how many were left out, by reason."""
-    everything = read_rows(config.prompts)
+    everything = read_rows(config.prompts, prompts_alone=True)
     rows = everything[: config.limit or None]
-    encoded, counts = encode_for_each(rows, tokenizers, config.max_prompt, config.max_response)
+    encoded, counts = encode_for_each(rows, tokenizers, config.max_prompt, config.max_response, prompts_alone=True)
     beyond = len(everything) - len(rows)
     return encoded, counts | ({"dropped: beyond --limit": beyond} if beyond else {})
 

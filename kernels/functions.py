@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from . import chunked, reference
+from .build import INSTALLED, build_once, library
 from .packing import Packing as Packing
 from .reference import KVCache as KVCache
 from .reference import LayerWeights as LayerWeights
@@ -31,16 +32,37 @@ from .weight_cache import derived
 
 default = os.environ.get("MPO_KERNELS") or None  # what impl=None stands for; None: the fastest implementation
 IMPLEMENTATIONS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
-try:
-    from . import cpu
 
+
+def _load_compiled() -> bool:
+    """Use the compiled kernels from now on; False where they have not been compiled for this processor."""
+    try:
+        from . import cpu
+    except (OSError, RuntimeError):  # RuntimeError: no home to look in
+        return False
     IMPLEMENTATIONS["cpu"] = cpu
-except OSError:
-    if default != "reference":
-        print(
-            "kernels: kernels/cpp is not compiled for this processor (make setup); using plain torch", file=sys.stderr
-        )
+    return True
 
+
+def compile_once() -> None:
+    """In an installed package: compile the C++ if that has not been done, and use it from now on.
+
+    In a checkout `make setup` does it. What cannot be compiled is computed in plain torch, after one line that says so.
+    """
+    global _tried
+    if _tried or not INSTALLED or "cpu" in IMPLEMENTATIONS or default not in (None, "cpu"):
+        return
+    _tried = True
+    lack = build_once()
+    if not (lack or _load_compiled()):
+        lack = f"{library()} cannot be loaded"
+    if lack and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"kernels: {lack}; using plain torch, which is slower", file=sys.stderr)
+
+
+_tried = False
+if not _load_compiled() and not INSTALLED and default != "reference":
+    print("kernels: kernels/cpp is not compiled for this processor (make setup); using plain torch", file=sys.stderr)
 
 # device_count does not start CUDA, as is_available would; a process that has started it cannot use it after a fork.
 if torch.cuda.device_count() or os.environ.get("TRITON_INTERPRET") == "1":
@@ -61,6 +83,11 @@ def use_bf16(on: bool, products: bool = True) -> None:
     """
     global _bf16, _bf16_cache
     _bf16, _bf16_cache = on and products, on
+
+
+def rounding() -> tuple[bool, bool]:
+    """What `use_bf16` was last called with."""
+    return _bf16_cache, _bf16
 
 
 def in_bf16() -> bool:

@@ -210,7 +210,7 @@ class PPOConfig(Training):
     """PPO on prompts (those of the hard pairs in MPO) with a KL penalty towards the reference model."""
 
     # Prompts and models
-    prompts: str  # a row file, of which only the prompts are used
+    prompts: str  # a row file, of which only the prompts are used; its rows need no responses
     model: str  # folder of the model to train
     ref: str  # folder of the KL reference: the DPO model for MPO, the SFT model for vanilla PPO
     rm: str  # folder of the reward model; its weights also initialise the critic
@@ -293,3 +293,16 @@ class ChatConfig:
     temperature: NonNegative = 0.7  # divides the logits; 0: always the likeliest token
     seed: Count = 1  # of the sampling
     device: str = "auto"  # auto (a GPU if there is one), cpu, cuda, cuda:1, mps
+
+
+STAGES: dict[str, type] = {
+    "prepare_data": DataConfig,
+    "train_tokenizer": TokenizerConfig,
+    "train_sft": SFTConfig,
+    "train_rm": RMConfig,
+    "split_data": SplitConfig,
+    "train_dpo": DPOConfig,
+    "train_ppo": PPOConfig,
+    "eval": EvalConfig,
+}
+"""A stage's script -> its flags, in the order of a run."""

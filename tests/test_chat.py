@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from chat import as_prompt, form_of_run
+from mpo.data.typed import as_prompt, form_of_run
 from mpo.model.checkpoint import save_model
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import write_json

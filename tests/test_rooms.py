@@ -5,15 +5,12 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
-
-import pytest
 
 from tests.support.scripts import ROOT
 
 # Each room may import from those before it, and from itself.
-ORDER = "kernels config evaluation runtime data model world training preference ppo tools".split()
+ORDER = "kernels config evaluation runtime data model world training preference ppo tools stages library".split()
 FORBIDDEN = {("world", "model"), ("preference", "training"), ("runtime", "evaluation"), ("data", "evaluation")}
 
 
@@ -37,7 +34,7 @@ def imports(path: Path) -> set[str]:
 def package_files() -> list[Path]:
     """Every file of the package; kernels/ under its own name."""
     inside = [p for p in (ROOT / "mpo").rglob("*.py") if "kernels" not in p.relative_to(ROOT).parts]
-    return sorted(p for p in inside if p.name != "__init__.py")
+    return sorted(p for p in inside if p.name not in ("__init__.py", "__main__.py"))
 
 
 def test_imports_point_one_way():
@@ -60,7 +57,7 @@ def test_kernels_know_nothing_of_the_rest():
 def test_only_tools_need_what_only_a_command_needs():
     """Neither the package nor an error message pulls in a command; printing a report loads no transformer."""
     for path in package_files():
-        if "tools" not in path.parts:
+        if not {"tools", "stages", "library"} & set(path.parts):
             assert not any(module.startswith("mpo.tools") for module in imports(path)), path
     code = "import sys, mpo.tools.report, mpo.tools.verify, mpo.tools.download; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -69,24 +66,19 @@ def test_only_tools_need_what_only_a_command_needs():
         assert room not in loaded, room
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> list[str]:
-    """The files of the built wheel."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
-    for name in ("mpo", "kernels", "pyproject.toml", "README.md"):
-        subprocess.run(["cp", "-R", str(ROOT / name), str(source / name)], check=True)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True, capture_output=True)
-    return zipfile.ZipFile(next(folder.glob("*.whl"))).namelist()
+def test_importing_the_package_imports_nothing_else():
+    code = "import sys, mpo; print(*sys.modules); print(*dir(mpo))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules, names = (line.split() for line in done.stdout.splitlines())
+    assert not {"torch", "numpy", "mpo.config"} & set(modules)
+    assert {"load", "train", "losses", "equations", "split_by_gap", "InputError"} <= set(names)
 
 
-def test_the_wheel_claims_no_name_but_mpo(wheel):
-    """`kernels` is Hugging Face's package; two packages of one name overwrite each other in site-packages."""
-    assert {name.split("/")[0] for name in wheel if ".dist-info" not in name} == {"mpo"}
-    assert "mpo/kernels/functions.py" in wheel
-    assert "mpo/kernels/cpp/attention.cpp" in wheel
+def test_every_script_of_a_stage_has_its_link_in_the_package():
+    scripts = {path.name for path in ROOT.glob("*.py")}
+    links = {path for path in (ROOT / "mpo" / "stages").glob("*.py") if path.name != "__init__.py"}
+    assert {path.name for path in links} == scripts
+    assert all(path.resolve() == ROOT / path.name for path in links)
 
 
 def test_the_folder_kernels_does_not_hide_a_package_of_that_name(tmp_path):

@@ -105,11 +105,12 @@ def fit_prompt(prompt: str, tokenizer: Tokenizer, most: int) -> tuple[list[int],
 
 
 def encode(
-    rows: Sequence[Row], tokenizer: Tokenizer, max_prompt: int, max_response: int
+    rows: Sequence[Row], tokenizer: Tokenizer, max_prompt: int, max_response: int, prompts_alone: bool = False
 ) -> tuple[list[Pair], dict[str, int]]:
     """Tokenise rows. A prompt that is too long loses its oldest turns; a row that still does not fit is dropped.
 
-    A response is never cut. It would lose its EOS, and the model would learn not to stop.
+    A response is never cut. It would lose its EOS, and the model would learn not to stop. With `prompts_alone`, a row
+    may have no responses.
 
     Returns the pairs, and how many rows were kept, cut and dropped, by reason. Raises InputError where no row is left,
     and for a row whose prompt and response a chat template joins in another way than they are joined here.
@@ -118,8 +119,10 @@ def encode(
     for row in rows:
         try:
             prompt, cut = fit_prompt(row.prompt, tokenizer, max_prompt)
+            alone = prompts_alone and not (row.chosen or row.rejected)
             chosen, rejected = tokenizer.response_ids(row.chosen), tokenizer.response_ids(row.rejected)
-            _check_whole(row, tokenizer)
+            if not alone:
+                _check_whole(row, tokenizer)
         except Unusable as e:
             counts[f"dropped: {e}"] += 1
             continue
@@ -131,7 +134,7 @@ def encode(
             len(chosen) < 2
             or len(rejected) < 2
             or (tokenizer.turns and not (row.chosen.strip() and row.rejected.strip()))
-        ):
+        ) and not alone:
             counts["dropped: empty response"] += 1
         else:
             counts["cut: oldest turns of a long dialogue"] += cut > 0
@@ -143,7 +146,11 @@ def encode(
 
 
 def encode_for_each(
-    rows: Sequence[Row], tokenizers: Sequence[Tokenizer], max_prompt: int, max_response: int
+    rows: Sequence[Row],
+    tokenizers: Sequence[Tokenizer],
+    max_prompt: int,
+    max_response: int,
+    prompts_alone: bool = False,
 ) -> tuple[list[list[Pair]], dict[str, int]]:
     """`encode` by each of several tokenizers: the same rows in the same order, namely those that fit for all of them.
 
@@ -154,7 +161,7 @@ def encode_for_each(
         if alike := [j for j in range(i) if tokenizers[j].same_as(tokenizer)]:
             encoded.append(encoded[alike[0]])
             continue
-        pairs, of_pairs = encode(rows, tokenizer, max_prompt, max_response)
+        pairs, of_pairs = encode(rows, tokenizer, max_prompt, max_response, prompts_alone)
         rows = [pair.row for pair in pairs]
         encoded.append(pairs)
         dropped = {name: n + counts[name] for name, n in of_pairs.items() if name.startswith("dropped")}

@@ -7,7 +7,7 @@ a prompt becomes as text is decided in dialogue.py. docs/data.md has an example 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -285,10 +285,21 @@ def read_files(paths: Sequence[Path], dropped: Counter[str]) -> tuple[str, list[
 
     Raises InputError for files without rows or of unknown format, and naming the line for a row that is not valid.
     """
-    objects: Iterator[tuple[str, Item]] = chain.from_iterable(read_objects(path) for path in paths)
+    objects = chain.from_iterable(read_objects(path) for path in paths)
+    return rows_of(objects, str(paths[0]), stem(paths[0]), dropped)
+
+
+def rows_of(
+    objects: Iterable[tuple[str, Item]], source: str, stem: str, dropped: Counter[str]
+) -> tuple[str, list[Row]]:
+    """The format of ("file:line", object) pairs, and their rows. A row without an id gets one from `stem`.
+
+    Raises InputError as `read_files` does, with `source` in front where there are no rows.
+    """
+    objects = iter(objects)
     if (first := next(objects, None)) is None:
-        raise InputError(f"{paths[0]}: contains no rows")
+        raise InputError(f"{source}: contains no rows")
     name = recognised(first[1])
     if name is None:
         raise unknown(*first)
-    return name, with_ids(convert_all(chain([first], objects), _checked(name), stem(paths[0]), dropped))
+    return name, with_ids(convert_all(chain([first], objects), _checked(name), stem, dropped))

@@ -26,7 +26,7 @@ def hold_out(source: str, rows: Sequence[Row], share: float, seed: int) -> dict[
     if len(prompts) < 2:
         raise InputError(
             f"{source}: {len(rows)} row{'s'[: len(rows) > 1]} with a single prompt cannot be divided into training and "
-            f"test rows; name a file of test rows with --test_data"
+            f"test rows; add rows with another prompt, or name a file of test rows (--test_data of prepare_data.py)"
         )
     in_turn = _in_turn(rows, list(prompts.values()), seed, "held out")
     most, test = max(1, round(share * len(rows))), set[int]()

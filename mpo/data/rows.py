@@ -158,8 +158,12 @@ def noise_field(where: str, item: Item) -> float | None:
     return noise
 
 
-def parse_row(where: str, item: Item) -> Row:
-    """An object in the project's own format, unaltered; a row without an id has the id "". Raises InputError."""
+def parse_row(where: str, item: Item, prompt_alone: bool = False) -> Row:
+    """An object in the project's own format, unaltered; a row without an id has the id "". Raises InputError.
+
+    prompt_alone: the row needs no responses, which are "" then.
+    """
+    item = {"chosen": "", "rejected": ""} | item if prompt_alone else item
     return Row(
         id=name_field(where, item, "id"),
         prompt=text_field(where, item, "prompt"),
@@ -205,15 +209,17 @@ def with_ids(found: Iterable[Found]) -> list[Row]:
     return rows
 
 
-def read_rows(path: str | Path) -> list[Row]:
+def read_rows(path: str | Path, prompts_alone: bool = False) -> list[Row]:
     """Read rows in the project's own format: {"id", "prompt", "chosen", "rejected"} on each line.
 
-    A row without an id gets one from the file's name and its place. Raises InputError for a file without rows, and
-    naming the line for a row that is not valid or whose id another row has.
+    With `prompts_alone`, a row may have no responses. One without an id gets one from the file's name and its place.
+    Raises InputError for a file without rows, and naming the line for a row that is not valid or whose id another row
+    has.
     """
     path = Path(path)
     rows = with_ids(
-        (where, f"{path.stem}-{i}", parse_row(where, item)) for i, (where, item) in enumerate(read_jsonl(path))
+        (where, f"{path.stem}-{i}", parse_row(where, item, prompts_alone))
+        for i, (where, item) in enumerate(read_jsonl(path))
     )
     if not rows:
         raise InputError(f"{path}: contains no rows")
@@ -222,9 +228,11 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write rows, all or none of them. Fields without a value are left out."""
-    lines = []
-    for row in rows:
-        item = {k: v for k, v in asdict(row).items() if v not in ("", None) or k in ("prompt", "chosen", "rejected")}
-        item.pop("where", None)
-        lines.append(json.dumps(item, ensure_ascii=False))
-    write_text(path, "".join(line + "\n" for line in lines))
+    write_text(path, "".join(map(row_text, rows)))
+
+
+def row_text(row: Row) -> str:
+    """A row as a line of a file."""
+    item = {k: v for k, v in asdict(row).items() if v not in ("", None) or k in ("prompt", "chosen", "rejected")}
+    item.pop("where", None)
+    return json.dumps(item, ensure_ascii=False) + "\n"

@@ -264,6 +264,14 @@ def read_scale(path: Path) -> tuple[float, float] | None:
     return scale[0], scale[1]
 
 
+def is_reward_model(path: Path) -> bool:
+    """Whether a config.json is that of a model for sequence classification. Raises InputError if it cannot be read."""
+    raw = read_json(path)
+    given = raw.get("architectures") if isinstance(raw, dict) else None
+    names = given if isinstance(given, list) else [given]
+    return any(str(name).endswith("ForSequenceClassification") or name == OLD_SCALAR for name in names)
+
+
 def written_here(path: Path) -> bool:
     """Whether this config.json is that of a reward model of this project. Raises InputError as `read_scale` does."""
     return read_scale(path) is not None or read_json(path).get("architectures") == [OLD_SCALAR]

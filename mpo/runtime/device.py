@@ -7,6 +7,8 @@ the CPU, so that they are the same on every device. Each process has one device:
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -61,6 +63,21 @@ def start(
         torch.cuda.reset_peak_memory_stats()
         _set_precision(rounded)
     _device, _weight_dtype = chosen, dtype
+
+
+@contextmanager
+def restored() -> Iterator[None]:
+    """At the end of this context, give back the device, the dtype and the precision that were there before it."""
+    global _device, _weight_dtype
+    before, products = (_device, _weight_dtype), torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        yield
+    finally:
+        _device, _weight_dtype = before
+        torch.set_float32_matmul_precision(products)
+        if deterministic != torch.are_deterministic_algorithms_enabled():
+            torch.use_deterministic_algorithms(deterministic)
 
 
 def _too_few_gpus() -> str:

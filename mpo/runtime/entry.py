@@ -35,10 +35,7 @@ def run(
     """
 
     def go(argv: list[str]) -> None:
-        config: Any = parse(config_class, argv)
-        if check:
-            check(config)
-        trackers.check(getattr(config, "log", "none"))
+        config: Any = configure(config_class, argv, check)
         if getattr(config, "plan", False):
             if plan is None:
                 raise InputError("--plan: this stage has no memory plan (docs/extending.md)")
@@ -47,6 +44,15 @@ def run(
             main(config)
 
     run_plain(go)
+
+
+def configure(config_class: type, argv: list[str], check: Callable[[Any], None] | None) -> Any:
+    """The config that the flags make, checked. Raises InputError; see `run`."""
+    config: Any = parse(config_class, argv)
+    if check:
+        check(config)
+    trackers.check(getattr(config, "log", "none"))
+    return config
 
 
 def run_plain(main: Callable[[list[str]], None]) -> None:

@@ -44,7 +44,7 @@ def recorded_signals() -> Iterator[None]:
 def main(argv: list[str]) -> None:
     """Run argv[1:] in argv[0] processes. Raises InputError for a wrong number, RunError if a process is killed."""
     if len(argv) < 2:
-        raise InputError("expected a number of processes and a script: python -m mpo.runtime.launch 2 train_sft.py")
+        raise InputError("expected a number of processes and a command, as in: mpo launch 2 sft --out ...")
     processes = int(read_number("number of processes", int, Range(1, 1_000), argv[0]))
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

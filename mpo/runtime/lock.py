@@ -25,6 +25,7 @@ from mpo.runtime.output import note
 HEARTBEAT = 5.0  # seconds between two touches of the file
 WATCH = 3  # heartbeats without a touch, after which the owner counts as gone
 PATIENCE = 2.0  # seconds to wait, because an owner that has just been killed may hold the lock a little longer
+_held = list["Lock"]()  # the locks of this process
 
 
 class Lock:
@@ -41,6 +42,7 @@ class Lock:
         self.owner = os.getpid()  # a forked child does not hold the lock
         threading.Thread(target=self._beat, daemon=True).start()
         atexit.register(self.release)
+        _held.append(self)
 
     def _open(self) -> int:
         """Open and lock the file. Another process may remove it between the two, so that is checked at the end."""
@@ -100,9 +102,17 @@ class Lock:
         if self.released.is_set() or os.getpid() != self.owner:
             return
         self.released.set()
+        _held.remove(self)
+        atexit.unregister(self.release)
         with suppress(OSError):
             self.path.unlink()
         os.close(self.handle)
+
+
+def release_all() -> None:
+    """Give back every lock that this process still holds, for a program that goes on after a stage has failed."""
+    for lock in list(_held):
+        lock.release()
 
 
 def _host(owner: bytes) -> str:

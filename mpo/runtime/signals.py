@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -24,6 +27,25 @@ def install() -> None:
     """Handle both signals in this process."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _on_signal)
+
+
+@contextmanager
+def borrowed() -> Iterator[None]:
+    """Handle Ctrl-C as a stage does, for as long as a stage runs inside another program, such as a notebook.
+
+    What SIGTERM does there is left to that program. Only the main thread of a program can handle signals; in another
+    one, nothing changes.
+    """
+    global _received, _next
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, _on_signal) if here else None
+    try:
+        yield
+    finally:
+        if here:
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        defer(False)
+        _received, _next = 0, ""
 
 
 def ignore() -> None:

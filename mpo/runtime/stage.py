@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mpo.config import STAGES
 from mpo.runtime import device, distributed, signals
 from mpo.runtime.errors import InputError, RunError, UpToDate
 from mpo.runtime.files import finite, read_json, write_bytes, write_json
@@ -64,6 +65,12 @@ def would_discard(out: str | Path, what: str, reasons: Sequence[str]) -> str:
         f"--out {out}: holds {what}, but {'; '.join(reasons)}. Go on with the old flags and inputs, take another "
         f"folder (RUN), or discard what is there with {WITH_REDO}"
     )
+
+
+def script_of(config: Any) -> str:
+    """The name of the script that has these flags. The program that runs may be another one, such as `mpo dpo`."""
+    program = Path(sys.argv[0]).stem.removeprefix("mpo ")
+    return next((script for script, flags in STAGES.items() if flags is type(config)), program)
 
 
 class Stage:
@@ -237,7 +244,7 @@ class Stage:
         write_json(
             self.manifest,
             {
-                "stage": Path(sys.argv[0]).stem,
+                "stage": script_of(self.config),
                 "config": asdict(self.config),
                 "inputs": {n: self._about_input(n, p) for n, p in self.inputs.items()},
                 "outputs": hash_tree(self.out),

@@ -23,16 +23,7 @@ from mpo.runtime.manifest import MANIFEST, Recipe, read_manifest, recorded
 from mpo.runtime.setup import setup_torch
 from mpo.runtime.stage import would_discard
 
-CONFIGS: dict[str, type] = {
-    "prepare_data.py": config.DataConfig,
-    "train_tokenizer.py": config.TokenizerConfig,
-    "train_sft.py": config.SFTConfig,
-    "train_rm.py": config.RMConfig,
-    "split_data.py": config.SplitConfig,
-    "train_dpo.py": config.DPOConfig,
-    "train_ppo.py": config.PPOConfig,
-    "eval.py": config.EvalConfig,
-}
+CONFIGS = {f"{script}.py": flags for script, flags in config.STAGES.items()}
 """A stage's script -> its config. Only these scripts are imported."""
 
 

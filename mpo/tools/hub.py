@@ -18,7 +18,7 @@ from mpo.runtime.errors import InputError, RunError
 from mpo.runtime.files import read_json, write_json
 from mpo.runtime.manifest import HUB
 
-USAGE = "usage: python -m mpo.tools.hub model|dataset ORG/NAME[@REVISION]"
+USAGE = "usage: mpo download model|dataset ORG/NAME[@REVISION]"
 ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(?:@([\w.-]+))?")
 # make/flags.mk has the same two patterns.
 PATH = re.compile(r"(data|models|runs)/.*|.*\.(jsonl|json|csv|parquet|gz)")  # of that form, but meant as a path

@@ -357,7 +357,7 @@ def make_page(run: Path) -> str:
 
 def main(argv: list[str]) -> None:
     """Print the text report of the run folder argv[0], and write its page where matplotlib is installed."""
-    run = Path(one_argument(argv, "python -m mpo.tools.page RUN"))
+    run = Path(one_argument(argv, "mpo report RUN"))
     if not page_svg.available() or (run / "eval" / "report.txt").exists():
         report.main([str(run)])
     if not page_svg.available():

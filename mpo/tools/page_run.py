@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mpo.config import STAGES
 from mpo.data.rows import read_jsonl
 from mpo.runtime.errors import InputError
 from mpo.runtime.files import read_json
@@ -18,7 +19,7 @@ from mpo.tools.verify import current
 Metrics = Sequence[Mapping[str, float]]
 """The metrics of each step."""
 
-KINDS = ("prepare_data", "train_tokenizer", "train_sft", "train_rm", "split_data", "train_dpo", "train_ppo", "eval")
+KINDS = tuple(STAGES)
 INPUT_FLAGS = ("data", "tokenizer", "model", "rm", "split", "prompts", "ref")  # flags that name what a stage reads
 
 

@@ -159,7 +159,7 @@ def report(run: Path, stages: dict[str, StageCheck]) -> str:
 
 def main(argv: list[str]) -> None:
     """Verify the run folder argv[0], print the result, and exit with 1 unless every stage is good."""
-    run = Path(one_argument(argv, "python -m mpo.tools.verify RUN"))
+    run = Path(one_argument(argv, "mpo verify RUN"))
     stages = verify(run)
     print(report(run, stages))
     bad = [name for name, check in stages.items() if check.state != "good"]

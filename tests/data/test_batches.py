@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mpo.data.batches import encode, fit_prompt, make_batch, pair_batch, shuffled_batches, training_batches
+from mpo.data.batches import (
+    encode,
+    encode_for_each,
+    fit_prompt,
+    make_batch,
+    pair_batch,
+    shuffled_batches,
+    training_batches,
+)
 from mpo.data.rows import Row
 from mpo.kernels.functions import Packing
 from mpo.runtime.errors import InputError
@@ -136,3 +144,15 @@ def test_pair_batch_puts_chosen_before_rejected(tokenizer):
     batch = pair_batch(pairs)
     assert batch.packing.lengths.tolist() == [len(pairs[0].prompt), len(pairs[0].chosen), len(pairs[0].rejected)]
     assert batch.ids[batch.response_tokens].tolist() == pairs[0].chosen + pairs[0].rejected
+
+
+def test_a_prompt_alone_is_kept_only_where_that_is_asked_for(tokenizer):
+    prompt = "\n\nHuman: Hi\n\nAssistant:"
+    rows = [Row("alone", prompt, "", ""), Row("half", prompt, " Yes", ""), Row("whole", prompt, " Yes", " No")]
+    pairs, counts = encode(rows, tokenizer, 100, 100)
+    assert ([p.row.id for p in pairs], counts) == (["whole"], {"kept": 1, "dropped: empty response": 2})
+    pairs, counts = encode(rows, tokenizer, 100, 100, prompts_alone=True)
+    assert ([p.row.id for p in pairs], counts) == (["alone", "whole"], {"kept": 2, "dropped: empty response": 1})
+    assert pairs[0].prompt == pairs[1].prompt
+    both, counts = encode_for_each(rows, [tokenizer, tokenizer], 100, 100, prompts_alone=True)
+    assert [[p.row.id for p in pairs] for pairs in both] == [["alone", "whole"]] * 2

@@ -57,7 +57,7 @@ def test_every_row_is_on_one_side_with_all_rows_of_its_prompt(pairs, share, seed
 
 
 def test_a_single_prompt_is_refused_with_a_way_on():
-    with pytest.raises(InputError, match=r"x.jsonl: 3 rows with a single prompt .* --test_data"):
+    with pytest.raises(InputError, match=r"x.jsonl: 3 rows with a single prompt .*--test_data"):
         hold_out("x.jsonl", rows_of("p", "p", "p"), 0.1, 1)
     with pytest.raises(InputError, match=r"x.jsonl: 1 row with a single prompt"):
         hold_out("x.jsonl", rows_of("p"), 0.1, 1)

@@ -121,3 +121,15 @@ def test_a_folder_for_a_file_and_a_file_for_a_folder_are_named(tmp_path):
     file = write(tmp_path / "rows.jsonl", GOOD)
     with pytest.raises(InputError, match=f"{file}: a file; name the folder that holds train.jsonl"):
         read_rows(file / "train.jsonl")
+
+
+def test_a_row_without_responses_is_a_prompt_where_only_prompts_are_used(tmp_path):
+    path = write(tmp_path / "rows.jsonl", {"prompt": "Why?"}, GOOD, {"prompt": "Who?", "chosen": None})
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: field 'chosen' is missing"):
+        read_rows(path)
+    with pytest.raises(InputError, match=r"rows\.jsonl:3: field 'chosen' is NoneType, not a string"):
+        read_rows(path, prompts_alone=True)
+    path = write(tmp_path / "rows.jsonl", {"prompt": "Why?"}, GOOD)
+    alone, whole = read_rows(path, prompts_alone=True)
+    assert (alone.prompt, alone.chosen, alone.rejected, alone.id) == ("Why?", "", "", "rows-0")
+    assert whole.chosen == GOOD["chosen"]
