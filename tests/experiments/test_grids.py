@@ -189,7 +189,7 @@ def test_every_setting_of_the_experiments_is_in_the_range_of_its_flag():
             seen.add(name)
         elif name == "LOSS":
             parse_objective(flags, 0.5)
-    assert seen == {"DATA_FLAGS", "RM_FLAGS", "SPLIT_FLAGS", "DPO_FLAGS", "PPO_FLAGS"}
+    assert seen == {"DATA_FLAGS", "SFT_FLAGS", "RM_FLAGS", "SPLIT_FLAGS", "DPO_FLAGS", "PPO_FLAGS"}
 
 
 def test_ablate_makes_a_cell_of_each_variant_and_seed():
