@@ -76,6 +76,21 @@ def test_a_row_made_with_other_flags_is_not_taken_for_this_cell(tmp_path, traine
         run_cells([cell("dpo", DPO_FLAGS="--steps 4")], results, 1)
 
 
+def test_the_stages_that_a_cell_shares_are_made_without_its_flags(tmp_path, trained, monkeypatch):
+    """Cells of make ablate share stages that are there: the flags of a cell would otherwise change what all share."""
+    made = []
+    monkeypatch.setattr(grid, "make", lambda one, targets, log: made.append((one.run, targets)))
+    monkeypatch.setattr(ablate, "make", lambda one, targets, log: made.append((one.run, targets, one.variables)))
+    flags = ["--grid", "reward", "--seeds", "1", "--make", "QUICK=1", "--out", str(tmp_path)]
+    config = parse(ablate.AblateConfig, flags)
+    assert ablate.run(ablate.cells_of(config), tmp_path / "rows.jsonl", config) == 0
+    assert made == [(f"{tmp_path}/hh-1", "policy-split", {"QUICK": "1"})]
+    assert len(trained) == 3
+    # make claims has cells whose source is not there yet
+    run_cells([replace(cell("mpo"), source="runs/y")], tmp_path / "main.jsonl", 1)
+    assert made[1:] == [("runs/y", "policy-rm")]
+
+
 def test_a_row_says_how_good_its_reward_model_is(tmp_path):
     write_json(
         tmp_path / "manifest.json",
