@@ -202,18 +202,19 @@ def summary(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> str:
 
 def run(cells: Sequence[Cell], results: Path, config: AblateConfig) -> int:
     """Run the cells that have no row yet, after what they share. Returns how many failed."""
-    done = finished(cells, results)
+    done, of_page = finished(cells, results), results == details.RESULTS
     shared_stages([cell for cell in cells if cell.key not in done], config)
-    return run_cells(cells, results, config.jobs or cores())
+    return run_cells(cells, results, config.jobs or cores(), details.write if of_page else lambda: None)
 
 
 def run_details(cells: Sequence[Cell], results: Path, config: AblateConfig) -> int:
-    """The same for the grid `details`, of which a page is made. Returns how many cells failed."""
+    """The same for the grid `details`, whose page is written anew with each row. Returns how many cells failed."""
     done = finished(cells, results)
     print(f"about {details.hours(c for c in cells if c.key not in done):.1f} hours on one core", flush=True)
     failed = sum(run(wave, results, config) for wave in details.waves(cells))
     if results == details.RESULTS:
-        details.write()
+        details.draw()
+        print(f"page: {details.PAGE}")
     return failed
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import figures
 from experiments.grid import ROOT, Cell, read_results
 from experiments.statistics import t_interval
 from mpo.runtime.files import write_text
@@ -25,6 +26,7 @@ from mpo.runtime.output import table
 RESULTS = ROOT / "experiments" / "results" / "details.jsonl"
 TEMPLATE = ROOT / "experiments" / "details.md"
 PAGE = ROOT / "docs" / "details.md"
+FIGURE = ROOT / "docs" / "figures" / "details.png"
 SEEDS = "21,22,23"  # none of them was used to choose a setting
 SMALL = 0.2  # a difference in gold whose interval lies within this range of 0 is called small
 
@@ -294,19 +296,22 @@ def anchor(number: int, title: str) -> str:
     return "#" + kept.replace(" ", "-")
 
 
+def ordered(rows: Rows, template: str) -> list[tuple[Variant, list[float]]]:
+    """Every variant that is measured, with the differences of its last policy; the most harmful first."""
+    shown = headings(template)
+    measured_ = [(v, gold_difference(rows, v, v.policies[-1])) for v in VARIANTS if v.name in shown]
+    return sorted(((v, d) for v, d in measured_ if d), key=lambda item: float(np.mean(item[1])))
+
+
 def overview(rows: Rows, template: str) -> str:
     """Every variant's last policy, from the most harmful to the most helpful."""
-    where, lines = headings(template), list[tuple[float, list[str]]]()
-    for v in (v for v in VARIANTS if v.name in where):
-        policy, (number, title) = v.policies[-1], where[v.name]
-        if differences := gold_difference(rows, v, policy):
-            texts = difference_text(differences), reading(differences)
-            lines.append(
-                (float(np.mean(differences)), [f"[{number}]({anchor(number, title)})", v.says, policy, *texts])
-            )
+    where, lines = headings(template), []
+    for v, differences in ordered(rows, template):
+        number, title = where[v.name]
+        texts = difference_text(differences), reading(differences)
+        lines.append([f"[{number}]({anchor(number, title)})", v.says, v.policies[-1], *texts])
     missing = [v.name for v in VARIANTS if v.name in where and not gold_difference(rows, v, v.policies[-1])]
-    header = ["detail", "without it", "policy", "gold, difference", "reading"]
-    text = table(header, [line for _, line in sorted(lines, key=lambda item: item[0])])
+    text = table(["detail", "without it", "policy", "gold, difference", "reading"], lines)
     return text + (f"\n\nNot measured yet: {'; '.join(BY_NAME[name].says for name in missing)}." if missing else "")
 
 
@@ -330,8 +335,18 @@ def page(template: str, results: Sequence[Row]) -> str:
 def write() -> None:
     """Write docs/details.md."""
     write_text(PAGE, page(TEMPLATE.read_text(encoding="utf-8"), read_results(RESULTS)))
-    print(f"page: {PAGE}")
+
+
+def draw() -> bool:
+    """Draw the figure of the overview, where matplotlib is there and something has been measured on several seeds."""
+    rows, template = by_variant(read_results(RESULTS)), TEMPLATE.read_text(encoding="utf-8")
+    lines = {v.says: differences for v, differences in ordered(rows, template) if len(differences) > 1}
+    if not (lines and figures.available()):
+        return False
+    figures.differences({name: (*t_interval(d), d) for name, d in lines.items()}, SMALL, FIGURE)
+    return True
 
 
 if __name__ == "__main__":
     write()
+    print(f"page: {PAGE}" + (f"\nfigure: {FIGURE}" if draw() else ""))

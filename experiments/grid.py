@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -76,8 +76,11 @@ def finished(cells: Sequence[Cell], results: Path) -> set[tuple[str, str, int, s
     return done
 
 
-def run_cells(cells: Sequence[Cell], results: Path, jobs: int) -> int:
-    """Run every cell that has no row yet, `jobs` run folders at a time; returns the number of cells that failed."""
+def run_cells(cells: Sequence[Cell], results: Path, jobs: int, after_each: Callable[[], None] = lambda: None) -> int:
+    """Run every cell that has no row yet, `jobs` run folders at a time; returns the number of cells that failed.
+
+    `after_each` is called, by one worker at a time, whenever a row has been written.
+    """
     done = finished(cells, results)
     waiting: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -105,8 +108,10 @@ def run_cells(cells: Sequence[Cell], results: Path, jobs: int) -> int:
                 failed[0] += 1
                 print(f"FAILED {' '.join(map(str, cell.key))}: see {e.cmd}", file=sys.stderr, flush=True)
                 continue
-            with lock, results.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+            with lock:
+                with results.open("a", encoding="utf-8") as f:
+                    f.write(json.dumps(row) + "\n")
+                after_each()
             print(f"{' '.join(map(str, cell.key))}: gold {row['gold']:.2f}, KL {row['kl']:.2f}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:

@@ -163,6 +163,21 @@ def test_the_overview_begins_with_the_most_harmful_and_links_to_the_details():
     assert "sampled at 0.7, scored at 1" in lines[-1]
 
 
+def test_the_figure_has_every_variant_with_two_seeds(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(details, "read_results", lambda path: rows)
+    monkeypatch.setattr(details, "FIGURE", tmp_path / "details.png")
+    monkeypatch.setattr(details.figures, "save", lambda figure, path: drawn.append((figure, path)))
+    rows = [row("default", s, [2.0]) for s in (1, 2)]
+    assert not details.draw()
+    rows += [row("no_kl", s, [1.0 + 0.2 * s]) for s in (1, 2)] + [row("top_p", 1, [1.0])]
+    assert details.draw()
+    (figure, path) = drawn[0]
+    assert path == tmp_path / "details.png"
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["no price of KL"]
+
+
 # --- the page ---------------------------------------------------------------------------------------
 
 

@@ -62,6 +62,13 @@ def test_a_finished_cell_is_not_run_again(tmp_path, trained):
     assert len(read_results(results)) == 3
 
 
+def test_what_follows_a_row_sees_it_and_does_not_follow_a_failure(tmp_path, trained):
+    results, seen = tmp_path / "main.jsonl", []
+    cells = [cell("dpo"), cell("broken", seed=2), cell("sft", seed=3)]
+    run_cells(cells, results, 1, lambda: seen.append([r["policy"] for r in read_results(results)]))
+    assert seen == [["dpo"], ["dpo", "sft"]]
+
+
 def test_a_failed_cell_has_no_row_and_does_not_stop_the_others(tmp_path, trained, capsys):
     results = tmp_path / "main.jsonl"
     assert run_cells([cell("broken"), cell("dpo")], results, 1) == 1
