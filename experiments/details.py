@@ -84,41 +84,16 @@ VARIANTS = (
     _ppo("no_warmup_policy", "critic from the policy, no warm-up", "--critic_warmup 0", "critic_from_policy"),
     _ppo("shared_critic", "critic on the policy's trunk", "--shared_critic true"),
     _ppo("value_after", "values read one token later", patch="value_after"),
-    # advantages
+    # what is rewarded
     _ppo("no_whitening", "advantages not whitened", patch="no_whitening"),
-    _ppo("whitened_padding", "advantages whitened over padding, too", patch="whitened_padding"),
-    _ppo("whitened_minibatches", "advantages whitened in each minibatch", patch="whitened_minibatches"),
-    _ppo("lam_1", "lambda 1", "--lam 1"),
-    _ppo("gamma_095", "gamma 0.95", "--gamma 0.95"),
-    # reward
+    _ppo("last_column", "score in the last column", patch="last_column"),
+    _ppo("before_eos", "score read before EOS", patch="before_eos"),
     _ppo("no_kl", "no price of KL", "--kl_coef 0"),
     _ppo("dear_kl", "ten times the price of KL", "--kl_coef 0.5"),
     _ppo("k1_in_loss", "KL in the loss, as k1", "--kl_in loss --kl_estimator k1"),
     _ppo("k2_in_loss", "KL in the loss, as k2", "--kl_in loss --kl_estimator k2"),
     _ppo("raw_scores", "raw scores", patch="raw_scores"),
     _ppo("whitened_scores", "scores whitened in each rollout", patch="whitened_scores"),
-    _ppo("last_column", "score in the last column", patch="last_column"),
-    _ppo("before_eos", "score read before EOS", patch="before_eos"),
-    _ppo("no_penalty", "no penalty of a missing EOS", "--missing_eos_penalty 0"),
-    _ppo("faked_eos", "no penalty, and EOS is added", "--missing_eos_penalty 0", "faked_eos"),
-    # rollouts
-    _ppo("cold_sampler", "sampled at 0.7, scored at 1", patch="cold_sampler"),
-    _ppo("top_p", "sampled with top-p 0.9", patch="top_p"),
-    _ppo("stale_sampler", "sampled one update late", patch="stale_sampler"),
-    _ppo("retokenised", "responses tokenised again", patch="retokenised"),
-    _ppo("two_bos", "two BOS in PPO", patch="two_bos"),
-    _ppo("dropout", "dropout of 0.1 in the update", patch="dropout"),
-    # the update
-    _ppo("adams_epsilon", "Adam's epsilon 1e-8", patch="adams_epsilon"),
-    _ppo("loss_by_response", "PPO's loss a mean by response", patch="loss_by_response"),
-    _ppo("high_lr", "PPO at three times the rate", "--lr 9e-4"),
-    _ppo("constant_lr", "PPO at a constant rate", "--warmup 0 --final_lr 1"),
-    _ppo("no_grad_clip", "PPO's gradients not clipped", "--grad_clip 0"),
-    _ppo("no_value_clip", "values not clipped", "--value_clip 1e6"),
-    _ppo("no_clip", "ratio not clipped", "--clip 1e6"),
-    _ppo("four_passes", "four passes over a rollout", "--epochs 4"),
-    _ppo("four_passes_no_clip", "four passes, ratio not clipped", "--epochs 4 --clip 1e6", against="four_passes"),
-    _ppo("small_batch", "rollouts of 32, four times as many", SMALL_BATCH),
     # DPO
     _dpo("no_reference", "DPO without a reference", {}, "no_reference"),
     _dpo("low_beta", "DPO's beta 0.05", {"DPO_FLAGS": "--beta 0.05"}),
@@ -129,19 +104,44 @@ VARIANTS = (
     _dpo("simpo_05", "SimPO, beta 0.5", {"LOSS": "simpo:beta=0.5"}, against="simpo"),
     _dpo("bf16_logps", "DPO's log-probs in bf16", {}, "bf16_logps"),
     _dpo("dpo_passes", "four passes of DPO", {"DPO_FLAGS": "--epochs 4"}),
+    # rollouts
+    _ppo("cold_sampler", "sampled at 0.7, scored at 1", patch="cold_sampler"),
+    _ppo("top_p", "sampled with top-p 0.9", patch="top_p"),
+    _ppo("stale_sampler", "sampled one update late", patch="stale_sampler"),
+    _ppo("dropout", "dropout of 0.1 in the update", patch="dropout"),
+    _ppo("retokenised", "responses tokenised again", patch="retokenised"),
+    _ppo("two_bos", "two BOS in PPO", patch="two_bos"),
+    _ppo("no_penalty", "no penalty of a missing EOS", "--missing_eos_penalty 0"),
+    _ppo("faked_eos", "no penalty, and EOS is added", "--missing_eos_penalty 0", "faked_eos"),
+    _ppo("small_batch", "rollouts of 32, four times as many", SMALL_BATCH),
+    # the update
+    _ppo("adams_epsilon", "Adam's epsilon 1e-8", patch="adams_epsilon"),
+    _ppo("high_lr", "PPO at three times the rate", "--lr 9e-4"),
+    _ppo("constant_lr", "PPO at a constant rate", "--warmup 0 --final_lr 1"),
+    _ppo("loss_by_response", "PPO's loss a mean by response", patch="loss_by_response"),
+    _ppo("four_passes", "four passes over a rollout", "--epochs 4"),
+    _ppo("four_passes_no_clip", "four passes, ratio not clipped", "--epochs 4 --clip 1e6", against="four_passes"),
+    _ppo("no_clip", "ratio not clipped", "--clip 1e6"),
+    _ppo("no_grad_clip", "PPO's gradients not clipped", "--grad_clip 0"),
+    _ppo("no_value_clip", "values not clipped", "--value_clip 1e6"),
+    # advantages
+    _ppo("whitened_padding", "advantages whitened over padding, too", patch="whitened_padding"),
+    _ppo("whitened_minibatches", "advantages whitened in each minibatch", patch="whitened_minibatches"),
+    _ppo("lam_1", "lambda 1", "--lam 1"),
+    _ppo("gamma_095", "gamma 0.95", "--gamma 0.95"),
+    # SFT and the reward model, after which everything is trained anew
+    Variant("new_trunk", "reward model with a random trunk", "sft", patch="new_trunk"),
+    Variant("no_eos", "EOS masked in SFT", "tokenizer", patch="no_eos", policies=("sft", "mpo")),
+    Variant("large_head", "reward model's head ten times as large", "sft", patch="large_head"),
+    Variant("short_sft", "a tenth of SFT's steps", "tokenizer", {"SFT_FLAGS": "--epochs 0.15"}, policies=ALL),
+    Variant("cut", "responses cut at 16 tokens in SFT", "tokenizer", patch="cut", policies=("sft", "mpo")),
+    Variant("prompt_loss", "SFT's loss on prompts, too", "tokenizer", patch="prompt_loss", policies=("sft", "mpo")),
+    Variant("rm_passes", "four times the passes of the reward model", "sft", {"RM_FLAGS": "--epochs 6"}),
     # label noise
     Variant("noisy", "30 % of the labels flipped", "noisy", policies=("dpo", "mpo")),
     Variant(
         "noisy_dear", "the same, four times the price of KL", "noisy", {"PPO_FLAGS": "--kl_coef 0.2"}, against="noisy"
     ),
-    # reward model and SFT, after which everything is trained anew
-    Variant("new_trunk", "reward model with a random trunk", "sft", patch="new_trunk"),
-    Variant("large_head", "reward model's head ten times as large", "sft", patch="large_head"),
-    Variant("no_eos", "EOS masked in SFT", "tokenizer", patch="no_eos", policies=("sft", "mpo")),
-    Variant("cut", "responses cut at 16 tokens in SFT", "tokenizer", patch="cut", policies=("sft", "mpo")),
-    Variant("prompt_loss", "SFT's loss on prompts, too", "tokenizer", patch="prompt_loss", policies=("sft", "mpo")),
-    Variant("short_sft", "a tenth of SFT's steps", "tokenizer", {"SFT_FLAGS": "--epochs 0.15"}, policies=ALL),
-    Variant("rm_passes", "four times the passes of the reward model", "sft", {"RM_FLAGS": "--epochs 6"}),
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 

@@ -10,7 +10,9 @@ import pytest
 from experiments import ablate, details
 from experiments.details import BASES, BY_NAME, PAGE, RESULTS, TEMPLATE, VARIANTS
 from experiments.grid import read_results
-from experiments.patches import PATCHES
+from experiments.patches import COLD, CUT, DROPOUT, HEAD, PATCHES, TOP_P
+from mpo.config import DPOConfig, PPOConfig
+from mpo.ppo.learner import ADAM_EPS
 from mpo.runtime.errors import InputError
 from mpo.runtime.flags import parse
 from tests.support.scripts import ROOT
@@ -223,9 +225,26 @@ def test_formulas_survive_markdown():
     assert TEXT.count("$") == 2 * len(formulas)
 
 
-def test_a_number_in_the_prose_is_the_codes():
-    assert "sampled at 0.7" in BY_NAME["cold_sampler"].says
-    from experiments.patches import COLD, CUT, DROPOUT, HEAD, TOP_P
-
+def test_the_numbers_in_the_prose_are_those_of_the_code():
+    prose, tasks = " ".join(TEXT.split()), (ROOT / "make" / "tasks.mk").read_text()
     assert (COLD, TOP_P, DROPOUT, HEAD, CUT) == (0.7, 0.9, 0.1, 10, 16)
-    assert f"cut at {CUT} tokens" in " ".join(TEXT.split())
+    assert "sampled at 0.7" in BY_NAME["cold_sampler"].says
+    for words in ("cut at 16 tokens", "dropout of 0.1", "Measured: ten times as large"):
+        assert words in prose
+    ppo, dpo = PPOConfig, DPOConfig
+    assert "scratch_rm = --lr 5e-4" in " ".join(tasks.split())
+    assert (dpo.lr, "Here it is a tenth of the reward model's" in prose) == (5e-5, True)
+    assert (dpo.beta, "Here $\\beta$ is 0.5" in prose) == (0.5, True)
+    assert (ppo.missing_eos_penalty, "So 1 is subtracted from its score" in prose) == (1.0, True)
+    assert (ppo.critic_warmup, "In the first three rollouts" in prose) == (3, True)
+    assert (ppo.gamma, ppo.lam, "Gamma is 1, lambda 0.95" in prose) == (1.0, 0.95, True)
+    assert (ADAM_EPS, "Adam's epsilon is 1e-5" in prose) == (1e-5, True)
+    assert (ppo.warmup, ppo.final_lr, "rises in the first 5 % of the steps and then falls to 0" in prose) == (
+        0.05,
+        0,
+        True,
+    )
+    assert (ppo.clip, "clipped to $1 \\pm 0.2$" in prose) == (0.2, True)
+    assert (ppo.value_clip, ppo.grad_clip, "by 0.2, gradients have a norm of at most 1" in prose) == (0.2, 1.0, True)
+    assert (ppo.epochs, "here there is one" in prose) == (1, True)
+    assert (ppo.batch, "rollouts of 32 responses in place of 128" in prose) == (128, True)
