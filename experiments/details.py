@@ -92,6 +92,12 @@ VARIANTS = (
     _ppo("dear_kl", "ten times the price of KL", "--kl_coef 0.5"),
     _ppo("k1_in_loss", "KL in the loss, as k1", "--kl_in loss --kl_estimator k1"),
     _ppo("k2_in_loss", "KL in the loss, as k2", "--kl_in loss --kl_estimator k2"),
+    _ppo(
+        "k1_in_loss_dear", "KL in the loss, as k1, six times the price", "--kl_in loss --kl_estimator k1 --kl_coef 0.3"
+    ),
+    _ppo(
+        "k2_in_loss_dear", "KL in the loss, as k2, six times the price", "--kl_in loss --kl_estimator k2 --kl_coef 0.3"
+    ),
     _ppo("raw_scores", "raw scores", patch="raw_scores"),
     _ppo("whitened_scores", "scores whitened in each rollout", patch="whitened_scores"),
     # DPO
