@@ -235,7 +235,9 @@ def reading(differences: Sequence[float]) -> str:
         return "**worse**"
     if mean - half > 0:
         return "**better**"
-    return "makes no difference here" if abs(mean) + half <= SMALL else "open"
+    if abs(mean) + half <= SMALL:
+        return "makes no difference here"
+    return f"open, but {SMALL:g} or more worse on each seed" if max(differences) <= -SMALL else "open"
 
 
 def difference_text(differences: Sequence[float]) -> str:

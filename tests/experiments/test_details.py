@@ -104,6 +104,8 @@ def test_the_reading_follows_from_the_interval():
     assert details.reading([0.5, 0.6, 0.4]) == "**better**"
     assert details.reading([0.01, -0.02, 0.0]) == "makes no difference here"
     assert details.reading([0.3, -0.3, 0.0]) == "open"
+    assert details.reading([-0.3, -0.5, -1.7]) == "open, but 0.2 or more worse on each seed"  # -0.83 ± 1.88
+    assert details.reading([-0.1, -0.5, -1.7]) == "open"
     assert details.reading([0.3]) == "too few seeds to say"
     assert details.difference_text([-0.5, -0.6, -0.4]) == "-0.50 ± 0.25"
     assert details.difference_text([0.3]) == "+0.30"
