@@ -2,12 +2,14 @@
 
 make ablate                                   every preference loss, three seeds
 make ablate GRID=estimators                   one of the grids below
+make ablate GRID=details                      the details of docs/details.md (details.py)
 make ablate VARY=PPO_FLAGS VALUES="--clip 0.1,--clip 0.3" POLICY=mpo    the values of any make variable
 """
 
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import figures
-from experiments.grid import Cell, make, read_results, run_cells
+from experiments import details, figures
+from experiments.grid import ROOT, Cell, finished, make, read_results, run_cells
 from experiments.statistics import column, contrast, difference, hierarchical_bootstrap, win
 from mpo.config import Few, Range, Size
 from mpo.ppo.equations import CRITIC_FREE
@@ -79,7 +81,12 @@ GRIDS: dict[str, tuple[str, dict[str, Variables]]] = {
             "centring 0.01": {"RM_FLAGS": "--centring 0.01"},
         },
     ),
+    # The details of docs/details.md: some are flags, some are patches, and they share more stages (details.py).
+    "details": ("mpo", {variant.name: variant.all_variables for variant in details.VARIANTS}),
 }
+
+
+DEFAULT_SEEDS = defaultdict(lambda: "1,2,3", details=details.SEEDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +98,7 @@ class AblateConfig:
     values: str = ""  # its values, separated by commas
     policy: str = ""  # the policy to train; empty: the grid's own
     task: Literal["hh", "tldr"] = "hh"  # which built-in world
-    seeds: str = "1,2,3"  # separated by commas
+    seeds: str = ""  # separated by commas; empty: 1,2,3 or, for the grid `details`, its own
     make: str = ""  # further make variables for every cell, separated by semicolons: QUICK=1;DPO_FLAGS=--lr 1e-4
     prompts: Size = 400  # held-out prompts of the evaluation
     jobs: Few = 0  # run folders at a time; 0: one for each core
@@ -133,25 +140,38 @@ def seeds_of(text: str) -> list[int]:
 def cells_of(config: AblateConfig) -> list[Cell]:
     """All cells, seed by seed. The runs of one seed share every stage that does not differ."""
     grid, policy, variants = variants_of(config)
-    common, out = common_variables(config.make), Path(config.out)
+    common, out, seeds = common_variables(config.make), Path(config.out), seeds_of(config.seeds or DEFAULT_SEEDS[grid])
+    if grid == "details":
+        if config.policy:
+            raise InputError(f"--policy {config.policy}: the grid details has its own for each variant")
+        return details.cells(config.out, config.task, seeds, common, config.prompts)
     cells = []
-    for seed in seeds_of(config.seeds):
+    for seed in seeds:
         base = out / f"{config.task}-{seed}"
         for i, (variant, own) in enumerate(variants.items()):
             variables = common | own
             trained = variables.pop("POLICY", policy)
             run = str(out / f"{grid}-{config.task}-{seed}-{i}")
             cell = (grid, config.task, seed, variant, trained, run, str(base), variables, config.prompts)
-            cells.append(Cell(*cell))
+            cells.append(Cell(*cell, made=True))
     return cells
 
 
-def shared_stages(cells: Sequence[Cell], common: Variables) -> None:
+def shared_stages(cells: Sequence[Cell], config: AblateConfig) -> None:
     """Train the stages that the runs of each seed share, up to the split, before those runs start."""
-    for source in dict.fromkeys(cell.source for cell in cells):
-        cell = next(c for c in cells if c.source == source)
-        base = Cell(cell.grid, cell.task, cell.seed, "", "split", source, "", common)
-        make(base, "policy-split", Path(source) / "logs" / "split.log")
+    common, sources = common_variables(config.make), {cell.source: cell for cell in cells}
+    bases = [Cell(c.grid, c.task, c.seed, "", "split", source, "", common) for source, c in sources.items()]
+    if config.grid == "details" and not config.vary:
+        bases = details.base_cells(cells, config.out, common)
+    for base in bases:
+        make(base, f"policy-{base.policy}", ROOT / base.run / "logs" / f"{base.policy}.log")
+
+
+def results_of(config: AblateConfig, grid: str) -> Path:
+    """The file of the rows. Those of the grid `details` are part of the repository, unless its cells are changed."""
+    if grid == "details" and not config.make and config.out == AblateConfig.out:
+        return details.RESULTS
+    return Path(config.out) / f"{grid}-{config.task}.jsonl"
 
 
 def summary(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> str:
@@ -180,13 +200,32 @@ def summary(rows: Sequence[Mapping[str, Any]], variants: Sequence[str]) -> str:
     return table(header, lines)
 
 
+def run(cells: Sequence[Cell], results: Path, config: AblateConfig) -> int:
+    """Run the cells that have no row yet, after what they share. Returns how many failed."""
+    done, of_page = finished(cells, results), results == details.RESULTS
+    shared_stages([cell for cell in cells if cell.key not in done], config)
+    return run_cells(cells, results, config.jobs or cores(), details.write if of_page else lambda: None)
+
+
+def run_details(cells: Sequence[Cell], results: Path, config: AblateConfig) -> int:
+    """The same for the grid `details`, whose page is written anew with each row. Returns how many cells failed."""
+    done = finished(cells, results)
+    print(f"about {details.hours(c for c in cells if c.key not in done):.1f} hours on one core", flush=True)
+    failed = sum(run(wave, results, config) for wave in details.waves(cells))
+    if results == details.RESULTS:
+        details.draw()
+        print(f"page: {details.PAGE}")
+    return failed
+
+
 def main(config: AblateConfig) -> int:
     """Run the missing cells; then print and write the table, and draw the figure. Returns how many cells failed."""
     cells = cells_of(config)
     grid, _, variants = variants_of(config)
-    results = Path(config.out) / f"{grid}-{config.task}.jsonl"
-    shared_stages(cells, common_variables(config.make))
-    failed = run_cells(cells, results, config.jobs or cores())
+    results = results_of(config, grid)
+    if grid == "details":
+        return run_details(cells, results, config)
+    failed = run(cells, results, config)
     keys = {cell.key for cell in cells}
     rows = [r for r in read_results(results) if (r["grid"], r["task"], r["seed"], r["variant"], r["policy"]) in keys]
     if rows:

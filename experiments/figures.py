@@ -199,6 +199,27 @@ def forest(groups: Mapping[str, Mapping[int, Mapping[str, Contrast]]], path: Pat
     save(figure, path)
 
 
+def differences(lines: Mapping[str, tuple[float, float, Sequence[float]]], small: float, path: Path) -> None:
+    """A line for each name: a mean difference in gold, half its interval, and the difference on each seed.
+
+    Differences of less than `small` are shaded.
+    """
+    figure, ((axis,),) = make_panels(1, width=7.5, height=0.21 * len(lines) + 0.9)
+    axis.axvspan(-small, small, color=GREY, alpha=0.12, linewidth=0)
+    axis.axvline(0, color=BLACK, linewidth=0.8)
+    for at, (mean, half, seeds) in enumerate(lines.values()):
+        colour = RED if mean + half < 0 else BLUE if mean - half > 0 else GREY
+        axis.errorbar(mean, at, xerr=half, fmt="o", color=colour, markersize=5, capsize=2)
+        axis.scatter(seeds, [at + 0.28] * len(seeds), s=4, color=colour, alpha=0.6)
+    axis.set_yticks(range(len(lines)), list(lines))
+    axis.set_ylim(len(lines) - 0.4, -0.6)
+    ends = [small, -small, *(seed for _, _, seeds in lines.values() for seed in seeds)]
+    margin = 0.1 * (max(ends) - min(ends))
+    axis.set_xlim(min(ends) - margin, max(ends) + margin)  # an interval from two seeds may be wider than that
+    axis.set(xlabel="gold without the detail less gold with it: mean, 95 % interval, single seeds")
+    save(figure, path)
+
+
 def sweep(
     lines: Mapping[str, Mapping[str, Sequence[tuple[float, tuple[float, float, float]]]]], path: Path, xlabel: str
 ) -> None:

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 
 from mpo.data.rows import read_jsonl
 from mpo.runtime.cores import cores
-from mpo.runtime.errors import InputError
+from mpo.runtime.errors import InputError, RunError
 from mpo.runtime.files import read_json
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +41,8 @@ class Cell:
     source: str = ""  # the run whose stages this one shares: make's FROM
     variables: Mapping[str, str] = field(default_factory=dict)  # make variables: DPO_FLAGS, mpo_FLAGS, LOSS, ...
     prompts: int = PROMPTS  # held-out prompts of the evaluation
+    patch: str = ""  # the patch of experiments/patches.py that one of its stages is run with
+    made: bool = False  # the stages that it shares are finished, so that nothing has to be made in `source`
 
     @property
     def key(self) -> tuple[str, str, int, str, str]:
@@ -50,7 +52,8 @@ class Cell:
     @property
     def settings(self) -> dict[str, str]:
         """What else this cell's result depends on. It is recorded in the row."""
-        return {"prompts": str(self.prompts)} | dict(self.variables)
+        patch = {"patch": self.patch} if self.patch else {}
+        return {"prompts": str(self.prompts)} | patch | dict(self.variables)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -73,8 +76,11 @@ def finished(cells: Sequence[Cell], results: Path) -> set[tuple[str, str, int, s
     return done
 
 
-def run_cells(cells: Sequence[Cell], results: Path, jobs: int) -> int:
-    """Run every cell that has no row yet, `jobs` run folders at a time; returns the number of cells that failed."""
+def run_cells(cells: Sequence[Cell], results: Path, jobs: int, after_each: Callable[[], None] = lambda: None) -> int:
+    """Run every cell that has no row yet, `jobs` run folders at a time; returns the number of cells that failed.
+
+    `after_each` is called, by one worker at a time, whenever a row has been written.
+    """
     done = finished(cells, results)
     waiting: dict[str, list[Cell]] = {}
     for cell in cells:
@@ -90,7 +96,7 @@ def run_cells(cells: Sequence[Cell], results: Path, jobs: int) -> int:
     def work(cells_of_run: list[Cell]) -> None:
         for cell in cells_of_run:
             try:
-                if cell.source:  # the first run to need the shared stages makes them; the others wait
+                if cell.source and not cell.made:  # the first run to need the shared stages makes them; the others wait
                     with sources[cell.source]:
                         make(
                             replace(cell, run=cell.source, source=""),
@@ -102,8 +108,10 @@ def run_cells(cells: Sequence[Cell], results: Path, jobs: int) -> int:
                 failed[0] += 1
                 print(f"FAILED {' '.join(map(str, cell.key))}: see {e.cmd}", file=sys.stderr, flush=True)
                 continue
-            with lock, results.open("a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+            with lock:
+                with results.open("a", encoding="utf-8") as f:
+                    f.write(json.dumps(row) + "\n")
+                after_each()
             print(f"{' '.join(map(str, cell.key))}: gold {row['gold']:.2f}, KL {row['kl']:.2f}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -129,12 +137,23 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     _call([sys.executable, "eval.py", *(part for k, v in flags.items() for part in (f"--{k}", v))], log)
     key = {"grid": cell.grid, "task": cell.task, "seed": cell.seed, "variant": cell.variant}
     row = key | row_of(ROOT / evaluated, cell.policy, folder)
+    check_patch(cell)
     return row | {"rm": reward_model(ROOT / cell.run / "rm"), "settings": cell.settings}
+
+
+def check_patch(cell: Cell) -> None:
+    """Raise RunError unless the stages of the cell's run were made with its patch, and with no other."""
+    manifests = (read_json(path) for path in sorted((ROOT / cell.run).glob("*/manifest.json")))
+    marks = {patch for manifest in manifests if (patch := manifest["results"].get("patch"))}
+    if marks != {cell.patch} - {""}:
+        with_ = ", ".join(sorted(marks)) or "none"
+        raise RunError(f"{cell.run}: its stages were made with the patch {with_}, not {cell.patch or 'none'}")
 
 
 def make(cell: Cell, targets: str, log: Path) -> None:
     """Bring targets of the cell's run up to date with make."""
     variables = {"TASK": cell.task, "SEED": str(cell.seed), "RUN": cell.run, "FROM": cell.source} | dict(cell.variables)
+    variables |= {"launch": f"-m experiments.patches {cell.patch}"} if cell.patch else {}
     _call(["make", "--no-print-directory", *(f"{k}={v}" for k, v in variables.items()), *targets.split()], log)
 
 
@@ -183,7 +202,8 @@ def reward_model(folder: Path) -> dict[str, Any]:
 
 
 def _call(command: Iterable[str], log: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    level = os.environ.get("MAKELEVEL", "1")  # make takes the variable `launch` only from another make or from us
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MAKELEVEL": level}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as out:
         done = subprocess.run(list(command), cwd=ROOT, stdout=out, stderr=out, env=environment, check=False)

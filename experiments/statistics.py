@@ -50,6 +50,20 @@ def hierarchical_bootstrap(values: Values, seed: int = 0, draws: int = DRAWS) ->
     return float(np.mean([g.mean() for g in groups])), float(low), float(high)
 
 
+# The 0.975 quantile of Student's t distribution, by degrees of freedom
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of 2 to 10 numbers, one for each seed, and half the width of its 95 % interval.
+
+    That is t s / sqrt(n), with the standard deviation s and Student's t. Unlike a percentile bootstrap, it is not too
+    narrow with few seeds.
+    """
+    n = len(values)
+    return float(np.mean(values)), T[n - 1] * float(np.std(values, ddof=1)) / n**0.5
+
+
 def contrast(values: Values) -> Contrast:
     """The contrast of paired differences by seed."""
     return Contrast(hierarchical_bootstrap(values), {seed: float(v.mean()) for seed, v in values.items()})

@@ -62,6 +62,13 @@ def test_a_finished_cell_is_not_run_again(tmp_path, trained):
     assert len(read_results(results)) == 3
 
 
+def test_what_follows_a_row_sees_it_and_does_not_follow_a_failure(tmp_path, trained):
+    results, seen = tmp_path / "main.jsonl", []
+    cells = [cell("dpo"), cell("broken", seed=2), cell("sft", seed=3)]
+    run_cells(cells, results, 1, lambda: seen.append([r["policy"] for r in read_results(results)]))
+    assert seen == [["dpo"], ["dpo", "sft"]]
+
+
 def test_a_failed_cell_has_no_row_and_does_not_stop_the_others(tmp_path, trained, capsys):
     results = tmp_path / "main.jsonl"
     assert run_cells([cell("broken"), cell("dpo")], results, 1) == 1
@@ -74,6 +81,21 @@ def test_a_row_made_with_other_flags_is_not_taken_for_this_cell(tmp_path, traine
     run_cells([cell("dpo", DPO_FLAGS="--steps 320")], results, 1)
     with pytest.raises(InputError, match=r"main hh 1  dpo was run with other flags.*--steps 320.*--steps 4"):
         run_cells([cell("dpo", DPO_FLAGS="--steps 4")], results, 1)
+
+
+def test_the_stages_that_a_cell_shares_are_made_without_its_flags(tmp_path, trained, monkeypatch):
+    """Cells of make ablate share stages that are there: the flags of a cell would otherwise change what all share."""
+    made = []
+    monkeypatch.setattr(grid, "make", lambda one, targets, log: made.append((one.run, targets)))
+    monkeypatch.setattr(ablate, "make", lambda one, targets, log: made.append((one.run, targets, one.variables)))
+    flags = ["--grid", "reward", "--seeds", "1", "--make", "QUICK=1", "--out", str(tmp_path)]
+    config = parse(ablate.AblateConfig, flags)
+    assert ablate.run(ablate.cells_of(config), tmp_path / "rows.jsonl", config) == 0
+    assert made == [(f"{tmp_path}/hh-1", "policy-split", {"QUICK": "1"})]
+    assert len(trained) == 3
+    # make claims has cells whose source is not there yet
+    run_cells([replace(cell("mpo"), source="runs/y")], tmp_path / "main.jsonl", 1)
+    assert made[1:] == [("runs/y", "policy-rm")]
 
 
 def test_a_row_says_how_good_its_reward_model_is(tmp_path):
@@ -189,7 +211,7 @@ def test_every_setting_of_the_experiments_is_in_the_range_of_its_flag():
             seen.add(name)
         elif name == "LOSS":
             parse_objective(flags, 0.5)
-    assert seen == {"DATA_FLAGS", "RM_FLAGS", "SPLIT_FLAGS", "DPO_FLAGS", "PPO_FLAGS"}
+    assert seen == {"DATA_FLAGS", "SFT_FLAGS", "RM_FLAGS", "SPLIT_FLAGS", "DPO_FLAGS", "PPO_FLAGS"}
 
 
 def test_ablate_makes_a_cell_of_each_variant_and_seed():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
-from experiments.statistics import at_kl, column, contrast, difference, hierarchical_bootstrap, path, win
+from experiments.statistics import T, at_kl, column, contrast, difference, hierarchical_bootstrap, path, t_interval, win
 
 
 def test_the_mean_weighs_seeds_alike_and_a_constant_has_no_interval():
@@ -36,6 +38,21 @@ def test_five_seeds_with_one_value_each_cover_the_mean_about_83_percent_of_the_t
         _, low, high = hierarchical_bootstrap(values, seed=trial, draws=500)
         covered.append(low <= 0 <= high)
     assert 0.79 < np.mean(covered) < 0.87  # sqrt(0.83 * 0.17 / 600) = 0.015
+
+
+def test_a_t_interval_by_hand():
+    # mean 2, standard deviation 1: 4.303 / sqrt(3)
+    assert t_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.4843), abs=1e-4)
+    assert t_interval([0.5, 0.5]) == (0.5, 0.0)
+
+
+def test_the_quantiles_of_students_t_leave_5_percent_outside():
+    for df, t in T.items():
+        x = np.linspace(-t, t, 200_001)
+        density = (1 + x**2 / df) ** (-(df + 1) / 2)
+        density *= math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
+        inside = (density.sum() - (density[0] + density[-1]) / 2) * (x[1] - x[0])
+        assert inside == pytest.approx(0.95, abs=3e-5), df
 
 
 def test_a_contrast_holds_fails_or_is_open():

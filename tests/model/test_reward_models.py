@@ -15,13 +15,13 @@ from mpo.data.rows import Row
 from mpo.data.tokenizer import load_tokenizer
 from mpo.kernels.functions import Packing
 from mpo.model.checkpoint import load_as_scalar, load_model, load_scalar, save_model
-from mpo.model.llama import scalar_from
+from mpo.model.llama import new_score_head, scalar_from
 from mpo.model.scoring import rm_tokenizer, score, scorer_between
 from mpo.ppo.learner import load_learner
 from mpo.runtime.errors import InputError
 from mpo.runtime.flags import parse
 from mpo.runtime.seeding import generator
-from tests.conftest import small_model
+from tests.conftest import small_config, small_model
 from tests.support import templates
 from tests.support.layouts import LAYOUTS, chatml, gemma3, llama_2, llama_3, qwen2, smollm2
 
@@ -279,3 +279,16 @@ def test_a_critic_for_a_reward_model_with_other_ids_starts_as_the_policy_with_va
     assert torch.equal(critic(ids, Packing([9])), torch.zeros(9))
     torch.testing.assert_close(critic.model(ids, Packing([9])), trunk(ids, Packing([9])))
     assert all(p.requires_grad for p in critic.parameters())
+
+
+def test_a_new_reward_model_has_the_trunk_of_its_language_model_and_a_small_head(tmp_path):
+    model = small_model()
+    save_model(tmp_path, model)
+    rm = load_as_scalar(tmp_path, generator(0, "head"))
+    trunk = model.model.state_dict()
+    assert all(torch.equal(tensor, trunk[name]) for name, tensor in rm.model.state_dict().items())
+    wide = small_config(hidden_size=2000)
+    head = new_score_head(wide, generator(0, "head"))["score.weight"]
+    assert head.shape == (1, 2000)
+    assert head.std().item() == pytest.approx(2001**-0.5, rel=0.06)  # the standard error of a std is 1/sqrt(2 * 2000)
+    assert head.mean().item() == pytest.approx(0, abs=4 * 2001**-0.5 / 2000**0.5)
