@@ -48,7 +48,7 @@ oldest: .oldest/.done
 lint: .venv/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
-	$(PY) -m mypy mpo experiments benchmarks requirements docs/site *.py
+	$(PY) -m mypy mpo experiments benchmarks requirements docs/site notebooks/build.py notebooks/show.py *.py
 
 # After a change of versions in requirements/direct.txt. The hash of the CPU build is kept: it comes from another index.
 # Trackers are not locked: make installs none of them.

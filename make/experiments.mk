@@ -1,6 +1,6 @@
 # Comparisons over seeds (docs/experiments.md), this project timed beside others (docs/benchmarks.md) and on a GPU.
 
-goals += ablate claims bench gpu-check
+goals += ablate claims bench gpu-check book
 
 # Compare losses, advantage estimators, splits, ...: GRID names a grid of experiments/ablate.py, or VARY and VALUES
 # name a make variable and its values. POLICY is the policy that is trained.
@@ -20,6 +20,11 @@ bench: .venv/.figures .peers/now/.done .peers/ppo/.done .peers/torchtune/.done .
 	@$(PY) -m benchmarks.scaling --again true
 	@$(PY) -m benchmarks.real --again true
 	@$(PY) -m benchmarks.others --again true
+
+# The pages of docs/ and the notebooks that are computed from a finished run (notebooks/)
+book_takes := RUN QUICK BOOK_FLAGS
+book: .venv/.figures
+	@RUN=$(RUN) $(PY) -m notebooks.build $(BOOK_FLAGS)
 
 # All that has to be known of a GPU, in 8 minutes at most (docs/hardware.md); REHEARSE=1: the same on the CPU
 gpu-check_takes := REHEARSE GPU_FLAGS

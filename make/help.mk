@@ -13,7 +13,7 @@ Mixed Preference Optimization: SFT, reward model, split by reward gap, DPO on ea
   make data/hh-rlhf    download the official HH-RLHF files, which make hh then uses
   make ablate          compare losses, estimators, splits, ... (GRID VARY VALUES POLICY SEEDS; docs/experiments.md)
   make claims          put the paper's claims to the test: hours; REDUCED=1: minutes
-  make bench           time this project beside others
+  make bench, book     time this project beside others; compute the walk-through and the notebooks from a finished run
   make gpu-check       check and measure everything on a CUDA GPU, in 8 minutes (docs/hardware.md)
   make setup           install everything in .venv, as the other goals do; with PY=python3 they use that one as it is
   For those who change the code: make test, lint, parity, sanitize, triton, fuzz, soak, oldest, lock, site, clean
