@@ -222,6 +222,7 @@ def last_line(log: Path) -> str:
 def call(command: Sequence[str], environment: Mapping[str, str], log: Path, limit: float) -> str:
     """Run a command with all that it starts, and end it after `limit` seconds; returns what went wrong, or ""."""
     kept = {name: value for name, value in os.environ.items() if name not in LEFT_OUT}
+    kept["PYTHONUNBUFFERED"] = "1"  # or the reason of a failure would come before what was printed earlier
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         process = subprocess.Popen(
