@@ -16,10 +16,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpo.library.models import Policy as Policy
-    from mpo.library.models import RewardModel as RewardModel
-    from mpo.library.models import load as load
-    from mpo.library.training import train as train
+    from mpo.api.models import Policy as Policy
+    from mpo.api.models import RewardModel as RewardModel
+    from mpo.api.models import load as load
+    from mpo.api.training import train as train
     from mpo.ppo import equations as equations
     from mpo.preference import losses as losses
     from mpo.preference.split import split_by_gap as split_by_gap
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from mpo.runtime.errors import RunError as RunError
 
 _HOMES = {
-    "load": "mpo.library.models",
-    "Policy": "mpo.library.models",
-    "RewardModel": "mpo.library.models",
-    "train": "mpo.library.training",
+    "load": "mpo.api.models",
+    "Policy": "mpo.api.models",
+    "RewardModel": "mpo.api.models",
+    "train": "mpo.api.training",
     "losses": "mpo.preference",
     "equations": "mpo.ppo",
     "split_by_gap": "mpo.preference.split",

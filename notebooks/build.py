@@ -13,8 +13,8 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,11 @@ class Cell:
     text: str
     printed: str = ""
     value: Any = None  # of its last expression
-    files: dict[str, str] = field(default_factory=dict)  # pictures of the page, by name
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether it shows a picture, which a page has in a file of its own."""
+        return hasattr(self.value, "_repr_svg_")
 
 
 def cells_of(script: str) -> list[Cell]:
@@ -68,27 +72,32 @@ def run_cells(cells: Sequence[Cell], name: str) -> None:
         print(f"{name}: cell {number + 1} of {len(cells)}, {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
-def shown(cell: Cell, name: str, number: int) -> Iterator[str]:
-    """What a page has of a cell, as pieces of Markdown. Pictures become files of the cell."""
+def pictures(cells: Sequence[Cell], name: str) -> dict[str, str]:
+    """The pictures of a page: the name of each file, and its content."""
+    svgs = [cell.value._repr_svg_() for cell in cells if cell.is_picture]
+    return {f"{name}-{i}.svg": svg for i, svg in enumerate(svgs, 1)}
+
+
+def shown(cell: Cell, files: Iterator[str]) -> Iterator[str]:
+    """What a page has of a cell, as pieces of Markdown. `files` names the file of the next picture."""
     if cell.kind == "markdown":
         yield cell.text
     if cell.kind == "shown":
         yield f"```python\n{cell.text}\n```"
     if cell.printed.strip():
         yield f"```text\n{cell.printed.rstrip()}\n```"
-    if hasattr(cell.value, "_repr_svg_"):
-        file = f"{name}-{number}.svg"
-        cell.files[file] = cell.value._repr_svg_()
-        yield f"![{cell.value.title}](figures/{file})"
+    if cell.is_picture:
+        yield f"![{cell.value.title}](figures/{next(files)})"
     elif hasattr(cell.value, "_repr_markdown_"):
         yield cell.value._repr_markdown_()
     elif cell.value is not None:
         yield f"```text\n{cell.value!r}\n```"
 
 
-def page(cells: Sequence[Cell], name: str) -> str:
-    """The page, and a line that says what wrote it."""
-    pieces = [piece for number, cell in enumerate(cells) for piece in shown(cell, name, number)]
+def page(cells: Sequence[Cell], name: str, files: Iterable[str]) -> str:
+    """The page, and a line that says what wrote it. `files` are the names of its pictures, in order."""
+    names = iter(files)
+    pieces = [piece for cell in cells for piece in shown(cell, names)]
     return "\n\n".join(pieces) + f"\n\n<!-- Written by notebooks/{name}.py (make book); edit that file. -->\n"
 
 
@@ -139,11 +148,10 @@ def main(config: BookConfig) -> None:
             raise InputError(f"--scripts {config.scripts}: there is no notebooks/{name}.py")
         cells = cells_of(source.read_text(encoding="utf-8"))
         run_cells(cells, name)
-        text = page(cells, name)
-        for cell in cells:
-            for file, content in cell.files.items():
-                write_text(docs / "figures" / file, content)
-        write_text(docs / f"{name}.md", text)
+        files = pictures(cells, name)
+        for file, content in files.items():
+            write_text(docs / "figures" / file, content)
+        write_text(docs / f"{name}.md", page(cells, name, files))
         write_text(Path(config.notebooks) / f"{name}.ipynb", notebook(cells))
         print(f"written: {docs / name}.md, {Path(config.notebooks) / name}.ipynb")
 

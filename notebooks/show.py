@@ -67,35 +67,39 @@ def quoted(prompt: str, *responses: tuple[str, str]) -> str:
 
 
 def another_run(source: Path, name: str, *variables: str) -> Path:
-    """The folder of a run that differs from `source` in these variables of make; made if it is not there.
+    """The folder of a run that differs from `source` in these variables of make, which trains what is not there yet.
 
     What they do not change is shared with `source`.
     """
     run = source.parent / f"{source.name}-{name}"
-    if not (run / "eval" / "manifest.json").exists():
-        words = ["make", "pipeline", f"FROM={source}", f"RUN={run}", *variables]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError("\n".join([" ".join(words), *(done.stdout + done.stderr).splitlines()[-5:]]))
+    _call(["make", "pipeline", f"FROM={source}", f"RUN={run}", *variables])
     return run
 
 
+def _call(words: list[str]) -> None:
+    """Run a command. Raises RuntimeError with the last lines that it printed if it fails."""
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError("\n".join([" ".join(words), *(done.stdout + done.stderr).splitlines()[-5:]]))
+
+
 def results(run: Path) -> dict[str, Any]:
-    """What eval.py found for each policy of a run, by name."""
+    """The results of each policy of a run, by name."""
     policies: dict[str, Any] = read_json(run / "eval" / "results.json")["policies"]
     return policies
 
 
 def evaluate(run: Path, name: str, policies: dict[str, Path], prompts: int = 200) -> dict[str, Any]:
-    """The results of eval.py for these folders of models, with its responses in the folder run/name; kept once made."""
+    """The results of eval.py for these folders of models, with its responses in the folder run/name.
+
+    eval.py does nothing if it has been here, and no model has changed since.
+    """
     out = run / name
+    words = [sys.executable, "eval.py", "--out", str(out), "--data", str(run / "data"), "--rm", str(run / "rm")]
     named = ",".join(f"{k}={v}" for k, v in policies.items())
-    if not (out / "manifest.json").exists():
-        words = [sys.executable, "eval.py", "--out", str(out), "--data", str(run / "data"), "--rm", str(run / "rm")]
-        words += ["--policies", named, "--prompts", str(prompts), "--overwrite", "true"]
-        subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
-    found: dict[str, Any] = read_json(out / "results.json")["policies"]
-    return found
+    _call([*words, "--policies", named, "--prompts", str(prompts), "--overwrite", "true"])
+    evaluated: dict[str, Any] = read_json(out / "results.json")["policies"]
+    return evaluated
 
 
 def responses(run: Path, name: str, policy: str) -> list[dict[str, Any]]:

@@ -12,10 +12,9 @@ import os
 import subprocess
 from pathlib import Path
 
-os.chdir(Path(os.getcwd()).parent if Path("build.py").exists() else ".")  # a notebook starts in its own folder
-import train_dpo
-from mpo.config import DPOConfig
-from mpo.preference.losses import PREFERENCE_LOSSES
+import mpo
+
+os.chdir(Path(mpo.__file__).parents[1])  # the checkout; a notebook starts in its own folder
 from notebooks import show
 
 RUN = Path(os.environ.get("RUN", "runs/hh"))
@@ -39,19 +38,18 @@ def anchored(pairs, beta, weight=0.5):
     return -F.logsigmoid(beta * pairs.D) + weight * (-pairs.s_w).clamp(min=0)
 
 
-PREFERENCE_LOSSES["anchored"] = anchored
+mpo.losses.PREFERENCE_LOSSES["anchored"] = anchored
 
 # %% [markdown]
 # ## Training
 #
-# `train_dpo.main` is the stage that `make hh` runs. Every flag of `train_dpo.py --help` is a field of `DPOConfig`; those that are
-# not named here have the same values as in the run.
+# `mpo.train` runs the stage that `make hh` runs ([library](library.md)). It takes every flag of `train_dpo.py --help`; those that are
+# not named here have the same values as in the run. A second call with the same flags only loads the result.
 
 # %% shown
 out = RUN.parent / f"{RUN.name}-anchored"
-if not (out / "manifest.json").exists():
-    pairs, sft = str(RUN / "split" / "pairs.jsonl"), str(RUN / "sft")
-    train_dpo.main(DPOConfig(out=str(out), data=pairs, model=sft, loss="anchored:weight=0.5"))
+mine = mpo.train("dpo", RUN / "split" / "pairs.jsonl", model=RUN / "sft", out=out, loss="anchored:weight=0.5")
+print(mine.generate("I lost my wallet."))
 
 # %% [markdown]
 # ## Its row beside DPO's

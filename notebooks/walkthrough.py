@@ -22,7 +22,9 @@ from pathlib import Path
 
 import torch
 
-os.chdir(Path(os.getcwd()).parent if Path("build.py").exists() else ".")  # a notebook starts in its own folder
+import mpo
+
+os.chdir(Path(mpo.__file__).parents[1])  # the checkout; a notebook starts in its own folder
 from mpo.config import PPOConfig
 from mpo.data.batches import Pair, encode, make_batch, pair_batch
 from mpo.data.rows import read_rows
@@ -111,9 +113,9 @@ print(f"vocabulary: {size} tokens, so log-probs begin near -ln {size} = {-math.l
 print(f"loss of this response: {-before.mean():.2f} before, {-after.mean():.2f} nats per token after")
 
 # %% [markdown]
-# The model is still unsure where several answers are possible. Where its own words leave one way to go on, it is not.
+# The model is unsure where several responses are possible, and nearly certain once its own words leave only one way to go on.
 #
-# SFT has not seen the rejected response as such, and does not know which of the two is better:
+# In SFT, nothing says which of two responses is better. It makes each as probable as the texts that it has seen suggest:
 
 # %%
 sums = {
@@ -236,7 +238,7 @@ print(f"D = {D:.2f}, beta = {beta}, loss = -log sigmoid({beta} x {D:.2f}) = {los
 print(f"weight of this pair in the gradient: sigmoid(-beta D) = {1 / (1 + math.exp(beta * D)):.2f}; it was 0.50")
 
 # %% [markdown]
-# The weight shows what $\beta$ does. A pair stops to matter once $\beta D$ is large, so a small $\beta$ lets $D$ grow far: the policy
+# The weight shows what $\beta$ does. A pair stops mattering once $\beta D$ is large, so a small $\beta$ lets $D$ grow far: the policy
 # moves away from the reference, in directions on which no pair has anything to say. What that looks like, with the same pairs and
 # steps (KL, in nats per response, is how far the model has moved from SFT; gold is the true reward, which training never sees):
 
@@ -412,11 +414,10 @@ table = [[n, f["reward"][0], f["gold"][0], f["kl"][0], f["eos_rate"], f["words"]
 Table(["PPO", "RM reward", "gold", "KL to SFT", "share of responses that end", "words"], table)
 
 # %% [markdown]
-# Without the critic, this run ends lower after as many rollouts. Without the penalty nothing changes: nearly every response ended
-# before PPO began, and the reward model has no reason to prefer one that does not end. A policy that has learnt EOS badly needs the
-# penalty.
+# Without the critic, this run ends lower after as many rollouts. Without the penalty, nothing changes here: nearly every response
+# ended before PPO began, and goes on to do so.
 #
-# [Details](details.md) measures these and two dozen other details over several seeds, with intervals.
+# [Details](details.md) measures these and many other details over several seeds, with intervals.
 #
 # ## How a pair is computed once
 #

@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.support.scripts import ROOT
 
 # Each room may import from those before it, and from itself.
-ORDER = "kernels config evaluation runtime data model world training preference ppo tools stages library".split()
+ORDER = "kernels config evaluation runtime data model world training preference ppo tools stages api".split()
 FORBIDDEN = {("world", "model"), ("preference", "training"), ("runtime", "evaluation"), ("data", "evaluation")}
 
 
@@ -57,7 +57,7 @@ def test_kernels_know_nothing_of_the_rest():
 def test_only_tools_need_what_only_a_command_needs():
     """Neither the package nor an error message pulls in a command; printing a report loads no transformer."""
     for path in package_files():
-        if not {"tools", "stages", "library"} & set(path.parts):
+        if not {"tools", "stages", "api"} & set(path.parts):
             assert not any(module.startswith("mpo.tools") for module in imports(path)), path
     code = "import sys, mpo.tools.report, mpo.tools.verify, mpo.tools.download; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -120,7 +120,7 @@ def test_a_list_gives_a_list_and_a_seed_the_same_answers(policy):
 def test_more_prompts_than_are_sampled_at_once_are_answered_alike(policy, monkeypatch):
     questions = [f"What is {n} and {n}?" for n in range(5)]
     expected = policy.generate(questions, max_new=6)
-    monkeypatch.setattr("mpo.library.models.ROWS", 2)
+    monkeypatch.setattr("mpo.api.models.ROWS", 2)
     assert policy.generate(questions, max_new=6) == expected
 
 

@@ -15,13 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from mpo.api.models import Item, Policy, RewardModel, in_range, load, parse
 from mpo.config import STAGES, Range, TokenizerConfig
 from mpo.data.files import read_objects
 from mpo.data.formats import OWN, read_file, recognised
 from mpo.data.held_out import hold_out
 from mpo.data.rows import Row, row_text
 from mpo.data.typed import as_row_prompt
-from mpo.library.models import Item, Policy, RewardModel, in_range, load, parse
 from mpo.model.llama import PRESETS
 from mpo.runtime import lock, signals
 from mpo.runtime.entry import configure
