@@ -10,7 +10,6 @@ import threading
 
 import pytest
 import torch
-from tests.api.test_models import settings
 
 import mpo
 import train_dpo
@@ -20,6 +19,7 @@ from mpo.runtime.errors import Interrupted
 from mpo.runtime.files import read_json, sha256
 from mpo.runtime.flags import parse
 from mpo.world.build import build
+from tests.api.test_models import settings
 from tests.support import templates
 from tests.support.layouts import LAYOUTS
 
