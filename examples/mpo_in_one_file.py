@@ -3,8 +3,8 @@
 Five stages, in some five minutes of one core: a small Llama learns to write responses (SFT); a reward model learns
 which of two responses is preferred; the pairs are split by the gap between the rewards of their responses; DPO trains
 on the easy pairs, whose gap is large; PPO trains on the prompts of all others, from the DPO model and held close to it.
-Batches are padded, and every layer is torch's own. `make hh` does the same, fast; tests/examples/ holds this file to its
-stages.
+Batches are padded, and every layer is torch's own. `make hh` does the same, fast; tests/examples/ holds this file to
+its stages.
 """
 
 import copy
